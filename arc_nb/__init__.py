@@ -1,0 +1,20 @@
+"""arc_nb: train PyTorch models in notebooks. Names are loaded when they are first used, so that the import costs little."""
+__version__ = "0.1.0"
+
+from typing import TYPE_CHECKING
+
+_rooms = {"Trainer": "trainer", "show": "trainer", "Callback": "engine.events"}
+__all__ = ["Trainer", "Callback", "show"]
+
+if TYPE_CHECKING:
+    from .engine.events import Callback
+    from .trainer import Trainer, show
+
+
+def __getattr__(name: str):
+    from importlib import import_module
+    if name not in _rooms: raise AttributeError(f"module 'arc_nb' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(f".{_rooms[name]}", __name__), name)
+
+
+def __dir__() -> list[str]: return sorted([*globals(), *__all__])
