@@ -1,4 +1,4 @@
-"""The loop speaks at nine moments of a run; whoever wants to act then writes one method.
+"""The loop speaks at ten moments of a run; whoever wants to act then writes one method.
 
 Docs: https://arc-nb.github.io/arc_nb/engine/events.html.md"""
 
@@ -50,7 +50,8 @@ def check_callback(
     callback: object,  # what a person gave as a callback
 ) -> Callback:
     """The callback itself; TypeError or ValueError if it could never work."""
-    if isinstance(callback, type): raise TypeError(f"callbacks takes objects, and {callback.__name__} is a class: write {callback.__name__}()")
+    if isinstance(callback, type):
+        raise TypeError(f"callbacks takes objects, and {callback.__name__} is a class: write {callback.__name__}()")
     if not isinstance(callback, Callback):
         raise TypeError(f"{callback!r} is no callback: derive its class from arc_nb.Callback")
     for name in dir(callback):
