@@ -15,6 +15,7 @@ NOT_SOURCE = (".git", ".venv", "__pycache__", "*.egg-info", ".ipynb_checkpoints"
 # The tools beside this Python come first, and every process that a test starts keeps to one thread: the tests share two cores.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("ARC_NB_DATA", str(ROOT.parent / "shared/data"))
 
 
 @pytest.fixture(scope="session")

@@ -3,17 +3,18 @@ import pytest
 from conftest import notebooks
 
 
-def run_all(call, *flags: str) -> None:
-    said = call("nbdev-test", "--n_workers", "2", "--timing", *flags, timeout=1800)
+def run_all(folder, call, *flags: str) -> None:
+    "In a copy of the project, so that the runs which the notebooks make do not pile up in it."
+    said = call("nbdev-test", "--n-workers", "2", "--timing", *flags, cwd=folder, timeout=1800)
     print(said)
     assert "Success." in said
 
 
-def test_every_notebook_runs(call):
-    assert notebooks()
-    run_all(call)
+def test_every_notebook_runs(project_copy, call):
+    assert notebooks(project_copy)
+    run_all(project_copy, call)
 
 
 @pytest.mark.slow
-def test_every_notebook_runs_with_its_slow_cells(call):
-    run_all(call, "--flags", "slow")
+def test_every_notebook_runs_with_its_slow_cells(project_copy, call):
+    run_all(project_copy, call, "--flags", "slow")
