@@ -41,6 +41,14 @@ class Bins:
         "Some of the bins."
         return Bins(self.steps[which], self.values[which], self.smooth[which], self.bad[which], self.bad_step[which])
 
+    def points(self) -> tuple[np.ndarray, np.ndarray]:
+        "`(x, y)` in drawing order, each point once; NaN where a bin has nothing finite."
+        order = np.argsort(self.steps, axis=1, kind="stable")
+        x, y = np.take_along_axis(self.steps, order, 1), np.take_along_axis(self.values, order, 1)
+        fresh = np.ones(x.shape, bool)
+        fresh[:, 1:] = ((x[:, 1:] != x[:, :-1]) | (y[:, 1:] != y[:, :-1])) & ~np.isnan(x[:, 1:])
+        return np.where(np.isnan(x), self.bad_step[:, None], x)[fresh], y[fresh]
+
     def put(self,
             at: int,        # the first row to write
             other: "Bins",  # what is written there
@@ -154,12 +162,7 @@ class Thinned:
 
     def points(self) -> tuple[np.ndarray, np.ndarray]:
         "`(x, y)` in drawing order: exact for a short series, the envelope of a long one; NaN breaks the line where nothing was finite."
-        b = self.bins.rows(slice(0, self.used))
-        order = np.argsort(b.steps, axis=1, kind="stable")
-        x, y = np.take_along_axis(b.steps, order, 1), np.take_along_axis(b.values, order, 1)
-        fresh = np.ones(x.shape, bool)
-        fresh[:, 1:] = (x[:, 1:] != x[:, :-1]) & ~np.isnan(x[:, 1:])
-        return np.where(np.isnan(x), b.bad_step[:, None], x)[fresh], y[fresh]
+        return self.bins.rows(slice(0, self.used)).points()
 
     def smooth(self) -> tuple[np.ndarray, np.ndarray]:
         "`(x, y)` of the smoothed line, one point a bin."
