@@ -340,7 +340,8 @@ def load_dataset(
     pin = device.type == "cuda"
     common: dict[str, Any] = dict(batch_size=batch_size, num_workers=workers, drop_last=drop_last, pin_memory=pin)
     if isinstance(data, IterableDataset): return DataLoader(data, **common), None
-    if not _sized(data): raise TypeError(f"{what}: a {type(data).__name__} without __len__ cannot be shuffled: derive it from IterableDataset")
+    if not _sized(data):
+        raise TypeError(f"{what}: a {type(data).__name__} without __len__ cannot be shuffled: derive it from IterableDataset")
     rows = len(data)  # type: ignore[arg-type]
     if not rows: raise ValueError(f"{what} has no rows: the {type(data).__name__} is empty")
     if drop_last and rows < batch_size: raise ValueError(_TOO_FEW.format(what=what, rows=rows, batch_size=batch_size))
@@ -354,13 +355,15 @@ def hold_out(
     seed: int = 0,
 ) -> tuple[Any, Any]:
     """(train, valid): the share of the rows, drawn by the seed, becomes valid; ValueError where a split would be empty."""
-    if not 0 < share < 1: raise ValueError(f"valid={share!r}: the share held out lies between 0 and 1, such as 0.2; or give the data themselves")
+    if not 0 < share < 1:
+        raise ValueError(f"valid={share!r}: the share held out lies between 0 and 1, such as 0.2; or give the data themselves")
     if isinstance(data, TensorDataset): data = data.tensors
     if isinstance(data, Dataset) and _sized(data):
         kept, held = split_order(len(data), share, seed)  # type: ignore[arg-type]
         return Subset(data, kept.tolist()), Subset(data, held.tolist())
     if not isinstance(data, (tuple, Mapping)):
-        raise TypeError(f"valid={share} needs data whose rows can be drawn, and train is a {type(data).__name__}: give the validation data themselves")
+        raise TypeError(f"valid={share} needs data whose rows can be drawn, and train is a {type(data).__name__}: "
+                        "give the validation data themselves")
     leaves: dict[Any, Tensor] = {}
     flatten(data, "", leaves, "train")
     kept, held = split_order(len(next(iter(leaves.values()))), share, seed)
