@@ -29,11 +29,12 @@ def unknown(
     known: Iterable[str], # the names there are
     more: str = "", # a closing sentence: what else is accepted
 ) -> ValueError:
-    "The error for a name that no table holds: quotes it, gives the nearest known names, then all of them"
+    "The error for a name that no table holds: quotes it, gives the nearest known names, then up to 30 of them"
     names = sorted(known)
     near = get_close_matches(str(name).lower(), names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return ValueError(f"no {kind} is called {name!r}.{hint} Known: {', '.join(names)}.{' ' + more if more else ''}")
+    rest = f" and {len(names) - 30} more" if len(names) > 30 else ""
+    return ValueError(f"no {kind} is called {name!r}.{hint} Known: {', '.join(names[:30])}{rest}.{' ' + more if more else ''}")
 
 # %% ../../nbs/engine/03b_lookup.ipynb #6fe8bd73
 def check_options(
