@@ -131,7 +131,8 @@ def long_frame(
     for (split, name), column in list(columns.series_by_name.items()):
         steps, epochs, values = column.since(0)
         parts.append(pd.DataFrame({"step": steps, "epoch": epochs.astype(np.int64), "split": split, "name": name, "value": values}))
-    if not parts: return pd.DataFrame(columns=["step", "epoch", "split", "name", "value"]).astype({"step": int, "epoch": int, "value": float})
+    if not parts:
+        parts = [pd.DataFrame({"step": np.empty(0, np.int64), "epoch": np.empty(0, np.int64), "split": [], "name": [], "value": np.empty(0)})]
     return pd.concat(parts, ignore_index=True).sort_values("step", kind="stable", ignore_index=True)
 
 # %% ../../nbs/engine/01_history.ipynb #a20e3146
@@ -216,11 +217,11 @@ class Pending:
     def __init__(self):
         self.steps: list[int] = []
         self.rows: list[int] = []
-        self.values: list[Tensor] = []  # (k,) float, one a step
+        self.values: list[Any] = []  # k floats, or a tensor (k,), a step
         self._flying: tuple | None = None
 
-    def add(self, step: int, rows: int, values: Tensor) -> None:
-        """Leaves the values, shape (k,), of one step, which used `rows` rows of data."""
+    def add(self, step: int, rows: int, values: "Tensor | tuple[float, ...]") -> None:
+        """Leaves the values of one step, floats or a tensor of shape (k,); the step used `rows` rows of data."""
         self.steps.append(step); self.rows.append(rows); self.values.append(values)
 
     def take(self, wait: bool = False) -> list[tuple[list[int], list[int], np.ndarray]]:
@@ -237,7 +238,8 @@ class Pending:
             if self._flying[0] is not None and not wait: return blocks
 
     def _send(self) -> tuple:
-        stacked, steps, rows = torch.stack(self.values), self.steps, self.rows
+        steps, rows = self.steps, self.rows
+        stacked = torch.stack(self.values) if isinstance(self.values[0], Tensor) else torch.tensor(self.values, dtype=torch.float64)
         self.values, self.steps, self.rows = [], [], []
         if stacked.device.type != "cuda": return None, steps, rows, stacked.cpu()
         host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True).copy_(stacked, non_blocking=True)
