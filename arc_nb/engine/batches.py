@@ -6,12 +6,12 @@ Docs: https://arc-nb.github.io/arc_nb/engine/batches.html.md"""
 
 # %% auto #0
 __all__ = ['CHUNK_BYTES', 'Batch', 'unpack', 'count_rows', 'to_tensor', 'keyed_seed', 'permutation', 'TensorBatches',
-           'KeyedSampler', 'LoaderBatches', 'to_device', 'make_batches', 'in_memory', 'flatten', 'rebuilder', 'fits',
-           'load_dataset', 'hold_out', 'split_order']
+           'KeyedSampler', 'LoaderBatches', 'to_device', 'make_batches', 'in_memory', 'cast_target', 'flatten',
+           'rebuilder', 'fits', 'load_dataset', 'hold_out', 'split_order']
 
 # %% ../../nbs/engine/03_batches.ipynb #44173dd4
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -181,9 +181,10 @@ class LoaderBatches:
         device: torch.device,
         sampler: KeyedSampler | None = None,  # told the number of the epoch, where the loader is ours
         what: str = "train",
+        cast: Callable[[Any], Any] | None = None,  # gives targets the type that the loss wants
         **naming,  # as `unpack` takes it
     ):
-        self.source, self.device, self.sampler, self.what, self.naming = source, device, sampler, what, naming
+        self.source, self.device, self.sampler, self.what, self.cast, self.naming = source, device, sampler, what, cast, naming
         self.rows = len(source.dataset) if isinstance(source, DataLoader) and _sized(source.dataset) else None  # type: ignore[arg-type]
         self._first: Any = None  # drawn ahead to look at, and given back
         self._reading: Iterator | None = None
@@ -211,7 +212,9 @@ class LoaderBatches:
             self._first, self._reading, reading = None, None, iter(self.source)
         for raw in reading: yield self._prepare(raw)
 
-    def _prepare(self, raw: Any) -> Batch: return unpack(to_device(raw, self.device), **self.naming)
+    def _prepare(self, raw: Any) -> Batch:
+        batch = unpack(to_device(raw, self.device), **self.naming)
+        return batch._replace(target=self.cast(batch.target)) if self.cast else batch
 
 _READ_ONCE = ("{what} is a generator, and it has been read to its end: give a list, a DataLoader or an object whose __iter__ begins anew, "
               "or ask for steps= within its length")
@@ -242,6 +245,7 @@ def make_batches(
     drop_last: bool = False,
     workers: int = 0,  # processes that load a Dataset
     what: str = "train",  # how errors call it
+    cast: Callable[[Any], Any] | None = None,  # gives targets the type that the loss wants
     **naming,  # target, weighted and labelled, as `unpack` takes them
 ) -> TensorBatches | LoaderBatches:
     """Batches of any data; ValueError or TypeError where they cannot be used."""
@@ -249,16 +253,16 @@ def make_batches(
     if isinstance(data, TensorDataset): data = data.tensors
     if isinstance(data, (Tensor, np.ndarray)) or _is_frame(data): data = (data,)
     if isinstance(data, Mapping) or (isinstance(data, tuple) and data and all(map(_is_array, data))):
-        return in_memory(data, batch_size, device, what, seed=seed, shuffle=shuffle, drop_last=drop_last, **naming)
+        return in_memory(data, batch_size, device, what, cast, seed=seed, shuffle=shuffle, drop_last=drop_last, **naming)
     if isinstance(data, Dataset):
         loader, sampler = load_dataset(data, batch_size, seed, shuffle, drop_last, workers, device, what)
-        return LoaderBatches(loader, device, sampler, what, **naming)
+        return LoaderBatches(loader, device, sampler, what, cast, **naming)
     if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
         raise TypeError(f"{what} is a {type(data).__name__}; it has to be a tuple of arrays, tensors or frames, a Dataset, "
                         "a DataLoader or an iterable of batches")
     if _sized(data) and not len(data):  # type: ignore[arg-type]
         raise ValueError(f"{what} has no batches: the {type(data).__name__} is empty")
-    return LoaderBatches(data, device, None, what, **naming)
+    return LoaderBatches(data, device, None, what, cast, **naming)
 
 def _is_frame(value: object) -> bool:
     pandas = sys.modules.get("pandas")
@@ -273,12 +277,18 @@ def in_memory(
     batch_size: int,
     device: torch.device,
     what: str,
+    cast: Callable[[Any], Any] | None = None,  # gives targets the type that the loss wants
     **options,  # of TensorBatches
 ) -> TensorBatches:
     """Tensors of equal length, on the device where they fit, and how to put a batch together again."""
     tree = data if isinstance(data, Mapping) else tuple(data)
     leaves: dict[Any, Tensor] = {}
     flatten(tree, "", leaves, what)
+    if cast:
+        naming = {k: v for k, v in options.items() if k in ("target", "weighted")}
+        tree = cast_target(rebuilder(tree)(list(leaves.values())), cast, **naming)
+        leaves = {}
+        flatten(tree, "", leaves, what)
     lengths = {name: len(t) for name, t in leaves.items()}
     if len(set(lengths.values())) > 1: raise ValueError(f"{what}: the parts have different lengths: {lengths}")
     if not min(lengths.values()): raise ValueError(f"{what} has no rows")
@@ -289,6 +299,19 @@ def in_memory(
     return batches
 
 _TOO_FEW = "{what} has {rows} rows, fewer than one batch of {batch_size}, and drop_last=True leaves none"
+
+# %% ../../nbs/engine/03_batches.ipynb #acc617ec
+def cast_target(
+    tree: Any,  # tensors by name or in a row
+    cast: Callable[[Any], Any],
+    target: str = "y",
+    weighted: bool = False,
+) -> Any:
+    """The same data with the target cast; ValueError where the target cannot be told."""
+    goal = cast(unpack(tree, target, weighted).target)
+    if isinstance(tree, Mapping): return {**tree, target: goal}
+    at = len(tree) - (2 if weighted else 1)
+    return (*tree[:at], goal, *tree[at + 1:])
 
 # %% ../../nbs/engine/03_batches.ipynb #b55c4dc7
 def flatten(
