@@ -43,11 +43,12 @@ def check_options(
     function: Callable[..., Any], # what the options go to
     options: Mapping[str, Any], # the options given
     skip: Iterable[str] = (), # arguments that the caller passes itself
+    closed: bool = False, # True: `**kwargs` of the function is no invitation
 ) -> None:
     "Raise a ValueError that names the allowed options if one of `options` is not among them"
     parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters): return
-    allowed = [p.name for p in parameters if p.name not in {"self", *skip} and p.kind is not p.VAR_POSITIONAL]
+    if not closed and any(p.kind is p.VAR_KEYWORD for p in parameters): return
+    allowed = [p.name for p in parameters if p.name not in {"self", *skip} and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     for option in options:
         if option in allowed: continue
         near = get_close_matches(str(option), allowed, n=1, cutoff=0.5)

@@ -8,7 +8,7 @@ Docs: https://arc-nb.github.io/arc_nb/engine/losses.html.md"""
 __all__ = ['fit_shape', 'spread', 'weighted_mean', 'need_tensor', 'as_float', 'Objective', 'check_weight', 'refuse_nan',
            'Pointwise', 'need_output', 'within', 'Constant', 'PositiveWeight', 'mse', 'l1', 'huber', 'bce',
            'bce_with_logits', 'poisson_nll', 'class_layout', 'arrange', 'check_classes', 'Classes', 'ByClass',
-           'cross_entropy', 'nll', 'GaussianNLL', 'gaussian_nll', 'Quantile', 'quantile']
+           'cross_entropy', 'nll']
 
 # %% ../../nbs/engine/03c_losses.ipynb #ed46b6e4
 import math
@@ -83,6 +83,7 @@ class Objective(ABC):
 
     def cast(self, target: Any) -> Any: return as_float(need_tensor(target, self.name))
     def activate(self, output: Any) -> Any: return output if self.activation is None else getattr(torch, self.activation)(output)
+    def point(self, output: Any) -> Any: return output # one prediction a target, for metrics: the mean, or the median
     def parts(self, output: Any, target: Any, weight: Tensor | None = None) -> dict[str, Tensor]:
         return {self.name: self(output, target, weight)}
 
@@ -318,67 +319,3 @@ def cross_entropy(
 def nll(weight: Any = None, ignore_index: int | None = None, class_dim: int | None = None) -> Objective:
     "classes by number, on log-probabilities (a log_softmax ends the model)"
     return ByClass("nll", F.nll_loss, "exp", weight, ignore_index, class_dim)
-
-# %% ../../nbs/engine/03c_losses.ipynb #aea521ba
-class GaussianNLL(Objective):
-    "Negative log-likelihood of a normal: (log var + (y - mean)^2 / var) / 2, Nix and Weigend 1994; var is at least eps, as in torch"
-    name = "gaussian_nll"
-    def __init__(self, eps: float = 1e-6, full: bool = False) -> None:
-        self.eps, self.constant = eps, 0.5 * math.log(2 * math.pi) if full else 0.0
-
-    def split(self, output: Any) -> tuple[Tensor, Tensor]: # mean and variance
-        if isinstance(output, (tuple, list)) and len(output) == 2: return output[0], output[1]
-        if isinstance(output, Tensor) and output.ndim > 1 and output.shape[-1] == 2: return output[..., 0], output[..., 1]
-        seen = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"gaussian_nll needs a tuple (mean, variance), or an output whose last dimension is those two, but got {seen}")
-
-    def like(self, output: Any, target: Tensor) -> Tensor: return fit_shape(self.split(output)[0], target, self.name)
-
-    def losses(self, output: Any, target: Tensor) -> Tensor:
-        mean, var = self.split(output)
-        safe = var + (var.detach().clamp(min=self.eps) - var.detach())
-        return 0.5 * (safe.log() + (mean - fit_shape(mean, target, self.name)) ** 2 / safe) + self.constant
-
-    def check(self, output: Any, target: Any, weight: Tensor | None = None) -> None:
-        mean, var = self.split(output)
-        fit_shape(mean, var, "gaussian_nll's variance")
-        if not bool((var > 0).all()):
-            raise ValueError(f"gaussian_nll needs variances above 0, but got {var.min():g}: put softplus or exp on that output.")
-        super().check(output, target, weight)
-
-def gaussian_nll(eps: float = 1e-6, full: bool = False) -> Objective: # eps: the least variance; full: with the constant log(2 pi) / 2
-    "a mean and a variance: a tuple, or a last dimension of 2"
-    return GaussianNLL(eps, full)
-
-# %% ../../nbs/engine/03c_losses.ipynb #cc908a45
-class Quantile(Objective):
-    "Pinball loss; weights a level are scaled to a mean of 1"
-    name = "quantile"
-    def __init__(self, levels: Sequence[float], weights: Sequence[float] | None) -> None:
-        if not levels or not all(0 < q < 1 for q in levels): raise ValueError(f"quantile needs levels between 0 and 1, but got {levels!r}")
-        if weights is not None and (len(weights) != len(levels) or min(weights) < 0 or not sum(weights)):
-            raise ValueError(f"quantile needs a weight of at least 0 for each of its {len(levels)} levels, not all 0, but got {weights!r}")
-        scale = Constant(weights if weights is not None else [1.0] * len(levels))
-        self.levels, self.weights = Constant(levels), Constant(scale.values / scale.values.mean())
-
-    def expand(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]: # output (..., levels), target (..., 1)
-        number = len(self.levels.values)
-        if number == 1 and output.shape == target.shape: output = output.unsqueeze(-1)
-        if output.shape[-1:] != (number,):
-            raise ValueError(f"quantile needs a last dimension of its {number} levels, but the output has shape {tuple(output.shape)}")
-        return output, fit_shape(output[..., 0], target, self.name).unsqueeze(-1)
-
-    def like(self, output: Tensor, target: Tensor) -> Tensor: return self.expand(output, target)[0]
-
-    def losses(self, output: Tensor, target: Tensor) -> Tensor:
-        output, target = self.expand(output, target)
-        under, levels = target - output, self.levels.on(output)
-        return torch.maximum(levels * under, (levels - 1) * under) * self.weights.on(output)
-
-    def check(self, output: Any, target: Any, weight: Tensor | None = None) -> None:
-        need_output(output, self.name)
-        super().check(output, target, weight)
-
-def quantile(levels: Sequence[float] = (0.1, 0.5, 0.9), weights: Sequence[float] | None = None) -> Objective: # weights: one a level
-    "pinball loss; the output's last dimension is the levels"
-    return Quantile(levels, weights)

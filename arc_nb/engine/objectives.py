@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .losses import (Objective, bce, bce_with_logits, cross_entropy, gaussian_nll, huber, l1, mse, nll,
-                                  poisson_nll, quantile)
+from .distributions import gaussian_nll, quantile
+from .losses import Objective, bce, bce_with_logits, cross_entropy, huber, l1, mse, nll, poisson_nll
 from .lookup import check_options, split_spec, unknown
 
 # %% ../../nbs/engine/04_objectives.ipynb #eae7acf0
@@ -107,6 +107,8 @@ class Several(Objective):
         return torch.stack(terms).sum()
 
     def losses(self, output: Any, target: Any) -> Tensor: return self(output, target)[None]
+    def activate(self, output: Any) -> Any: return self.by_part(output, "activate")
+    def point(self, output: Any) -> Any: return self.by_part(output, "point")
 
     def count(self, output: Any, target: Any, weight: Tensor | None = None) -> int | Tensor:
         return rows(target) if weight is None else weight.sum()
@@ -116,9 +118,9 @@ class Several(Objective):
         done = {key: loss.cast(target[key]) for key, (_, loss, _) in self.members.items()}
         return {**target, **done} if isinstance(target, Mapping) else [done[i] for i in range(len(target))]
 
-    def activate(self, output: Any) -> Any:
+    def by_part(self, output: Any, method: str) -> Any: # each part's own method of its output
         output = self.match(output, "outputs")
-        done = {key: loss.activate(output[key]) for key, (_, loss, _) in self.members.items()}
+        done = {key: getattr(loss, method)(output[key]) for key, (_, loss, _) in self.members.items()}
         return {**output, **done} if isinstance(output, Mapping) else tuple(done[i] for i in range(len(output)))
 
     def check(self, output: Any, target: Any, weight: Tensor | None = None) -> None:

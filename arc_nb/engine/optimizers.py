@@ -78,7 +78,7 @@ def group_parameters(
 
 def unmatched(pattern: str, taken: list[str], names: list[str]) -> ValueError:
     "The error for a pattern that finds no parameter"
-    if taken: return ValueError(f"the group {pattern!r} is empty: {taken[:5]} are frozen, or in an earlier group. Put it first, or leave it out.")
+    if taken: return ValueError(f"the group {pattern!r} is empty: {taken[:5]} are frozen, or taken by an earlier group: put it first.")
     return unknown("parameter", pattern, names, 'A pattern is a name with * and ?, a module\'s name, or re.compile(...).')
 
 # %% ../../nbs/engine/07_optimizers.ipynb #c332037b
@@ -137,7 +137,7 @@ def owned(built: Optimizer, model: nn.Module, more: Mapping[Any, Any]) -> Optimi
     missing = [name for name, p in names.items() if id(p) not in held]
     strangers = held - {id(p) for p in model.parameters()}
     if strangers or len(missing) == len(names):
-        raise ValueError(f"this {type(built).__name__} holds {len(strangers)} parameters that are not the model's, and lacks {len(missing)} "
+        raise ValueError(f"this {type(built).__name__} holds {len(strangers)} parameters that are not the model's and lacks {len(missing)} "
                          "that are. Build it from this model's parameters, or give its name.")
     if missing: warnings.warn(f"the optimizer does not hold {missing[:5]}, which will not be trained", stacklevel=3)
     return built
