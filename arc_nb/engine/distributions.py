@@ -45,7 +45,10 @@ class GaussianNLL(Objective):
             raise ValueError(f"gaussian_nll needs variances above 0, but got {var.min():g}: put softplus or exp on that output.")
         super().check(output, target, weight)
 
-def gaussian_nll(eps: float = 1e-6, full: bool = False) -> Objective: # eps: the least variance; full: with the constant log(2 pi) / 2
+def gaussian_nll(
+    eps: float = 1e-6, # the least variance
+    full: bool = False, # with the constant log(2 pi) / 2
+) -> Objective:
     "a mean and a variance: a tuple, or a last dimension of 2"
     return GaussianNLL(eps, full)
 
@@ -81,6 +84,9 @@ class Quantile(Objective):
         need_output(output, self.name)
         super().check(output, target, weight)
 
-def quantile(levels: Sequence[float] = (0.1, 0.5, 0.9), weights: Sequence[float] | None = None) -> Objective: # weights: one a level
+def quantile(
+    levels: Sequence[float] = (0.1, 0.5, 0.9), # the quantiles to learn, each between 0 and 1
+    weights: Sequence[float] | None = None, # what each level counts for, scaled to a mean of 1
+) -> Objective:
     "pinball loss; the output's last dimension is the levels"
     return Quantile(levels, weights)

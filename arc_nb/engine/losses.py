@@ -45,7 +45,10 @@ def spread(
         raise ValueError(f"weights of shape {tuple(weight.shape)} do not fit losses of shape {tuple(losses.shape)}: give one weight a row")
     return weight.reshape(-1, *[1] * (losses.ndim - 1)).expand_as(losses)
 
-def weighted_mean(losses: Tensor, mass: Tensor) -> Tensor: # scalar; both of one shape
+def weighted_mean(
+    losses: Tensor, # unreduced
+    mass: Tensor, # what each counts for, in their shape
+) -> Tensor: # scalar
     "Sum of `mass` times `losses` over the sum of `mass`; 0 where the mass is 0"
     total = mass.sum()
     return (losses * mass).sum() / total.clamp(min=torch.finfo(losses.dtype).tiny)
@@ -66,7 +69,9 @@ def as_float(target: Tensor) -> Tensor:
 class Objective(ABC):
     "A loss that knows its name, what it accepts, what its mean is divided by, and how outputs become predictions"
     name: str
-    activation: str | None = None
+    activation: str | None = None # "softmax", "sigmoid" or "exp": what turns outputs into predictions
+    class_dim: int | None = None # 1 or -1: where an output has its classes, once that is known
+    ignore: int = -100 # a class target that does not count
 
     @abstractmethod
     def losses(self, output: Any, target: Any) -> Tensor: "Unreduced losses, rows first"
@@ -118,6 +123,7 @@ class Pointwise(Objective):
 
     def __call__(self, output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         if output.shape != target.shape: target = fit_shape(output, target, self.name)
+        if output.dtype is torch.float64: target = target.to(torch.float64)
         if weight is None: return self.function(output, target)
         losses = self.function(output, target, reduction="none")
         return weighted_mean(losses, spread(weight, losses))
@@ -170,7 +176,9 @@ def l1() -> Objective:
     "mean absolute error; also called mae"
     return Pointwise("l1", F.l1_loss)
 
-def huber(delta: float = 1.0) -> Objective: # delta: where the square turns into a line
+def huber(
+    delta: float = 1.0, # where the square turns into a line
+) -> Objective:
     "squared up to delta, linear beyond: outliers pull less (Huber 1964)"
     if delta <= 0: raise ValueError(f"huber needs delta > 0, but got {delta}")
     return Pointwise("huber", partial(F.huber_loss, delta=delta))
@@ -179,12 +187,17 @@ def bce() -> Objective:
     "binary cross-entropy on probabilities in [0, 1]"
     return Pointwise("bce", F.binary_cross_entropy, targets=(0, 1), outputs=(0, 1))
 
-def bce_with_logits(pos_weight: float | Sequence[float] | Tensor | None = None) -> Objective: # a number, or one a column
+def bce_with_logits(
+    pos_weight: float | Sequence[float] | Tensor | None = None, # what a positive counts for; a number, or one a column
+) -> Objective:
     "binary cross-entropy on scores (no sigmoid in the model); pos_weight counts positives more"
     function = F.binary_cross_entropy_with_logits if pos_weight is None else PositiveWeight(pos_weight)
     return Pointwise("bce_with_logits", function, activation="sigmoid", targets=(0, 1))
 
-def poisson_nll(log_input: bool = True, full: bool = False) -> Objective: # log_input: the model gives the logarithm of the rate
+def poisson_nll(
+    log_input: bool = True, # the model gives the logarithm of the rate; False: the rate itself
+    full: bool = False, # with Stirling's term, which depends on the target only
+) -> Objective:
     "counts as Poisson draws; the model gives the logarithm of the rate"
     function = partial(F.poisson_nll_loss, log_input=log_input, full=full)
     limit = None if log_input else (0.0, math.inf)
@@ -316,6 +329,10 @@ def cross_entropy(
     function = partial(F.cross_entropy, label_smoothing=label_smoothing) if label_smoothing else F.cross_entropy
     return ByClass("cross_entropy", function, "softmax", weight, ignore_index, class_dim)
 
-def nll(weight: Any = None, ignore_index: int | None = None, class_dim: int | None = None) -> Objective:
+def nll(
+    weight: Any = None, # a weight a class
+    ignore_index: int | None = None, # targets of this number count for nothing
+    class_dim: int | None = None, # 1 or -1: where the classes are, if shapes do not tell
+) -> Objective:
     "classes by number, on log-probabilities (a log_softmax ends the model)"
     return ByClass("nll", F.nll_loss, "exp", weight, ignore_index, class_dim)

@@ -59,12 +59,22 @@ def constant(plan: Plan) -> Form:
     "the same rate throughout"
     return lambda n: 1.0
 
-def step(plan: Plan, every: int = 10, factor: float = 0.1, per: str = "epoch") -> Form:
+def step(
+    plan: Plan,
+    every: int = 10, # epochs, or steps, between two drops
+    factor: float = 0.1, # of each drop
+    per: str = "epoch", # or "step": what is counted
+) -> Form:
     "times `factor` after `every` epochs, or steps"
     positive("step", every=every, factor=factor)
     return lambda n: factor ** (n // every)
 
-def exponential(plan: Plan, rate: float = 0.95, every: int = 1, per: str = "epoch") -> Form:
+def exponential(
+    plan: Plan,
+    rate: float = 0.95, # the factor over `every` epochs or steps
+    every: int = 1,
+    per: str = "epoch", # or "step": what is counted
+) -> Form:
     "times `rate` over `every` epochs, or steps"
     positive("exponential", every=every, rate=rate)
     return lambda n: rate ** (n / every)
@@ -74,13 +84,24 @@ def half_cosine(done: float, floor: float) -> float: # done: share of the way, c
     "From 1 down to `floor` along half a cosine"
     return floor + (1 - floor) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
-def cosine(plan: Plan, floor: float = 0.0, min_lr: float | None = None, horizon: int | None = None) -> Form:
+def cosine(
+    plan: Plan,
+    floor: float = 0.0, # the lowest rate, as a share of the learning rate
+    min_lr: float | None = None, # the same for the first group, absolute
+    horizon: int | None = None, # steps to the floor, if not the run's
+) -> Form:
     "half a cosine down to `floor` (a share) or `min_lr` at the end of the run, or after `horizon` steps"
     total, least = plan.horizon("cosine", horizon), plan.share(floor, min_lr)
     return lambda n: half_cosine(n / total, least)
 
-def cosine_restarts(plan: Plan, T_0: int = 1, T_mult: int = 1, floor: float = 0.0, min_lr: float | None = None,
-                    per: str = "epoch") -> Form:
+def cosine_restarts(
+    plan: Plan,
+    T_0: int = 1, # length of the first cycle
+    T_mult: int = 1, # each cycle is so many times as long as the one before
+    floor: float = 0.0, # as for `cosine`
+    min_lr: float | None = None, # as for `cosine`
+    per: str = "epoch", # or "step": what T_0 counts
+) -> Form:
     "cosines that start anew after `T_0` epochs, or steps, each `T_mult` times as long; smooth either way"
     positive("cosine_restarts", T_0=T_0, T_mult=T_mult)
     if per not in ("epoch", "step"): raise ValueError(f'"cosine_restarts" counts per="epoch" or "step", not {per!r}')
@@ -113,8 +134,14 @@ def warmup_cosine(plan: Plan, warmup: float = 0.1, floor: float = 0.0, min_lr: f
     (up, down), least = warm(plan, "warmup_cosine", warmup, horizon), plan.share(floor, min_lr)
     return lambda n: (n + 1) / (up + 1) if n < up else half_cosine((n - up) / down, least)
 
-def one_cycle(plan: Plan, max_lr: float | None = None, warmup: float = 0.3, div: float = 25.0, final_div: float = 1e4,
-              horizon: int | None = None) -> Form:
+def one_cycle(
+    plan: Plan,
+    max_lr: float | None = None, # the peak, if not the learning rate
+    warmup: float = 0.3, # share of the run on the way up
+    div: float = 25.0, # the first rate is the peak over this
+    final_div: float = 1e4, # the last rate is the first over this
+    horizon: int | None = None, # steps in all, if not the run's
+) -> Form:
     "up from max_lr / div to max_lr within `warmup`, a share, then down to max_lr / div / final_div; cosines"
     positive("one_cycle", div=div, final_div=final_div, max_lr=plan.lr if max_lr is None else max_lr)
     if not 0 < warmup < 1: raise ValueError(f'"one_cycle" needs warmup between 0 and 1, but got {warmup!r}')
@@ -191,8 +218,16 @@ NO_VALUE = 'the schedule "{}" watches the validation loss, but there is none: gi
 
 class Plateau(Schedule):
     "times `factor` when the validation loss stays away from a new best for more than `patience` epochs"
-    def __init__(self, optimizer: Optimizer, patience: int = 10, factor: float = 0.1, threshold: float = 1e-4, cooldown: int = 0,
-                 min_lr: float = 0.0, mode: str = "min") -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        patience: int = 10, # epochs without a new best that are borne
+        factor: float = 0.1, # of each drop
+        threshold: float = 1e-4, # relative: less than this is not better
+        cooldown: int = 0, # epochs after a drop that do not count
+        min_lr: float = 0.0,
+        mode: str = "min", # or "max", for a metric that should rise
+    ) -> None:
         super().__init__(optimizer)
         if mode not in ("min", "max"): raise ValueError(f'"plateau" has mode="min" or "max", not {mode!r}')
         if not 0 < factor < 1: raise ValueError(f'"plateau" needs a factor between 0 and 1, but got {factor!r}')
