@@ -74,7 +74,7 @@ wheel: setup  ## a wheel, in dist/
 
 # torch comes first and pinned, so that nothing else pulls in another build of it.
 $(READY): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "arc_nb needs Python 3.11 or newer, and found: $$(python3 --version 2>&1 || echo none)." \
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "arc_nb needs Python 3.11 or newer, and found: $$("$(or $(PYTHON),python3)" --version 2>&1 || true)." \
 		"Install one, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "== setup: $(PYTHON) fills .venv (the first time this takes some minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; \
