@@ -47,7 +47,8 @@ def read(
     try: state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error: raise ValueError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict) or "format" not in state: raise ValueError(f"{path} is no checkpoint of arc_nb: it has no format number")
-    if state["format"] > FORMAT: raise ValueError(f"{path} has format {state['format']}, and this version reads up to {FORMAT}: update arc_nb")
+    if state["format"] > FORMAT:
+        raise ValueError(f"{path} has format {state['format']}, and this version reads up to {FORMAT}: update arc_nb")
     return state
 
 # %% ../../nbs/engine/09_checkpoint.ipynb #e8ee7a01

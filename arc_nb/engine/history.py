@@ -132,7 +132,8 @@ def long_frame(
         steps, epochs, values = column.since(0)
         parts.append(pd.DataFrame({"step": steps, "epoch": epochs.astype(np.int64), "split": split, "name": name, "value": values}))
     if not parts:
-        parts = [pd.DataFrame({"step": np.empty(0, np.int64), "epoch": np.empty(0, np.int64), "split": [], "name": [], "value": np.empty(0)})]
+        empty = np.empty(0, np.int64)
+        parts = [pd.DataFrame({"step": empty, "epoch": empty, "split": [], "name": [], "value": empty.astype(float)})]
     return pd.concat(parts, ignore_index=True).sort_values("step", kind="stable", ignore_index=True)
 
 # %% ../../nbs/engine/01_history.ipynb #a20e3146

@@ -157,7 +157,7 @@ class Parts:
     def set_lr(self, lr: float) -> None:
         """The rate from the next step on; under a schedule the rest of its curve is scaled by new/old."""
         new, old = positive(lr), float(self.optimizer.param_groups[0]["lr"])
-        if self.schedule: self.schedule.rescale(new, self.status.step - self.status.start); return
+        if self.schedule: self.schedule.rescale(new, max(0, self.status.step - self.status.start - 1)); return
         for group in self.optimizer.param_groups: set_lr(group, float(group["lr"]) * new / old if old else new)
 
 # %% ../../nbs/engine/12_loop.ipynb #41993bc5
@@ -243,13 +243,12 @@ def validate(
 
 def log_epoch(
     parts: Parts,
-    loss: float | None,  # mean over the epoch's rows
-    took: float,  # seconds of training
-    rows: int,  # of data used
+    row: dict[str, float | None],  # train_loss, seconds, samples_per_second
+    measuring: float,  # CPU seconds that training metrics took
 ) -> None:
-    """Writes the epoch's row."""
-    row = {"train_loss": loss, "seconds": took, "samples_per_second": rows / took if took > 0 else None}
-    if parts.train_metrics: row |= {f"train_{name}": value for name, value in parts.train_metrics.compute().items()}
+    """Writes the epoch's row, with the training metrics and what they cost."""
+    if parts.train_metrics:
+        row |= {f"train_{name}": value for name, value in parts.train_metrics.compute().items()} | {"metric_seconds": measuring}
     columns = {name: [value] for name, value in row.items() if value is not None}
     parts.history.extend(parts.status.epoch, "epoch", [parts.status.step], columns)
 
@@ -276,6 +275,7 @@ class Epochs:
         self.end = None if goal.steps is None else parts.status.step + goal.steps
         self.handlers = parts.events.handlers
         self.lr = -1.0  # the optimizer's rate, as last seen
+        self.measuring = 0.0  # CPU seconds that training metrics took in this epoch
 
     @property
     def done(self) -> bool: return self.lookout.stopping or (self.end is not None and self.parts.status.step >= self.end)
@@ -286,6 +286,7 @@ class Epochs:
         status.epoch += 1
         rows, elapsed, steps = lookout.rows, status.elapsed, status.step
         if parts.train_metrics: parts.train_metrics.reset()
+        self.measuring = 0.0
         parts.events.emit("on_epoch_start")
         for batches in self._groups():
             self._step(batches)
@@ -294,7 +295,7 @@ class Epochs:
         lookout.look(wait=True)
         took, rows, mean = status.elapsed - elapsed, lookout.rows - rows, lookout.recorder.epoch_mean()
         if self._valid_is_due(): validate(parts, self.goal.limit_batches)
-        log_epoch(parts, mean, took, rows)
+        log_epoch(parts, {"train_loss": mean, "seconds": took, "samples_per_second": rows / took if took > 0 else None}, self.measuring)
         if parts.schedule: parts.schedule.on_epoch(parts.history.latest("valid_loss"))
         parts.events.emit("on_epoch_end")
         lookout.look()
@@ -315,11 +316,18 @@ class Epochs:
         status.step += 1
         self.lookout.recorder.add(status.step, outcome, parts.compute.extras)
         if parts.optimizer.param_groups[0]["lr"] != self.lr: self._lr_changed(float(parts.optimizer.param_groups[0]["lr"]))
+        if parts.train_metrics: self._measure(batches[-1])
         if not outcome.good: report_not_finite(parts, outcome, batches)
         elif self.handlers["on_step_end"]: parts.events.emit("on_step_end")
         if parts.valid and self.valid_every.after_step(status.step): validate(parts, self.goal.limit_batches)
         if parts.controls.waiting: obey(self.lookout)
         if time.monotonic() >= self.lookout.next: self.lookout.look()
+
+    def _measure(self, batch: Batch) -> None:
+        """Feeds the step's last batch to the training metrics, and counts what that costs."""
+        began = time.process_time()
+        with torch.no_grad(): self.parts.train_metrics.update(self.parts.compute.point(), batch.target, batch.weight)
+        self.measuring += time.process_time() - began
 
     def _lr_changed(self, lr: float) -> None:
         self.lr = self.parts.status.lr = lr

@@ -19,7 +19,8 @@ def pick_device(
     device: str | torch.device = "auto",  # "auto", "cpu", "cuda", "cuda:1", "mps"
 ) -> torch.device:
     """The device to train on; ValueError for one that is not there."""
-    if str(device) == "auto": return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try: picked = torch.device(device)
     except RuntimeError: raise ValueError(f"device={device!r} is no device; use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'") from None
     if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():

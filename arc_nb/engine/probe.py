@@ -31,13 +31,10 @@ def shapes(
 def probe(
     compute: Computation,
     batch: Batch,  # a few rows
-    metrics: Any = None,  # of engine.metrics
 ) -> Any:
-    """The model's output; ValueError where model, loss or metrics do not fit the data. Leaves no trace."""
+    """The model's output; ValueError or TypeError where model or loss do not fit the data. Leaves no trace."""
     output = call(compute.model, batch)
-    if compute.objective:
-        compute.objective.check(output, batch.target, batch.weight)
-        if metrics: metrics.check(output, batch.target)
+    if compute.objective: compute.objective.check(output, batch.target, batch.weight)
     return output
 
 @torch.no_grad()

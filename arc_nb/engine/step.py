@@ -60,8 +60,12 @@ class Computation:
         result = self.step(self.model, batch.raw)
         if not isinstance(result, Mapping): return check_loss(result)
         if "loss" not in result: raise ValueError(f"step= returned a dict without 'loss'; it has {', '.join(map(str, result))}")
-        self.extras = {k: v for k, v in result.items() if k != "loss"}
+        self.extras = {k: v.detach() if isinstance(v, Tensor) else v for k, v in result.items() if k != "loss"}
         return check_loss(result["loss"])
+
+    def point(self) -> Any:
+        """The last output as one value a prediction, for metrics: a distribution's mean, the median quantile."""
+        return self.objective.point(self.output) if self.objective else self.output
 
     def count(self, batch: Batch) -> int | Tensor:
         """What the mean in the loss was divided by: rows, or the sum of weights, or tokens."""
@@ -227,7 +231,7 @@ def evaluate(
         for batch in islice(batches.epoch(1), limit):
             losses.append(compute.score(batch).float())
             counts.append(compute.count(batch))
-            if metrics: metrics.update(compute.output, batch.target, batch.weight)
+            if metrics: metrics.update(compute.point(), batch.target, batch.weight)
     if not losses: raise ValueError("there is nothing to evaluate: the data gave no batches")
     values, weights = torch.stack(losses).double().cpu(), torch.tensor([float(c) for c in counts], dtype=torch.float64)
     compute.output = None
