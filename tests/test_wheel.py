@@ -35,7 +35,7 @@ def installed(wheel: Path, venv: Path, call) -> Path:
 def test_every_module_of_the_installed_wheel_imports(wheel, tmp_path, root, call):
     files = set(ZipFile(wheel).namelist())
     missing = {str(p.relative_to(root)) for p in (root / "arc_nb").rglob("*.py")} | {"arc_nb/py.typed", "arc_nb/static/board.js"}
-    assert not missing - files
+    assert sorted(missing - files) == []
     python = installed(wheel, tmp_path / "venv", call)
     imported = json.loads(call(python, "-c", IMPORT_ALL, cwd=tmp_path).splitlines()[-1])
     assert len(imported) == len([f for f in files if f.startswith("arc_nb/") and f.endswith(".py")])
