@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
 from fastcore.nbio import read_nb, write_nb
 from nbdev.config import get_config
 from nbdev.processors import FilterDefaults, exec_show_docs
@@ -76,12 +77,26 @@ class Pages(FilterDefaults):
     def base_procs(self) -> list: return [Needed if p is exec_show_docs else p for p in super().base_procs()]
 
 
+def place(entry: str | dict) -> tuple[bool, bool, str]:
+    "Where an entry of the sidebar belongs: the front page, the tutorials, then all by the number of their (first) chapter."
+    path = entry if isinstance(entry, str) else min(e for e in entry["contents"] if isinstance(e, str))
+    return path != "index.ipynb", not path.startswith("tutorials/"), path.rsplit("/")[-1]
+
+
+def write_sidebar(path: Path) -> None:
+    "nbdev's sidebar in the order in which the house is read."
+    nbdev_sidebar.__wrapped__(path=path.parent)
+    sidebar = yaml.safe_load(path.read_text())
+    sidebar["website"]["sidebar"]["contents"].sort(key=place)
+    path.write_text(yaml.safe_dump(sidebar, sort_keys=False))
+
+
 def process(proc: Path = ROOT / "_proc") -> list[Path]:
     "nbdev's own part: exported cells become documentation, and the sidebar is written; returns the processed notebooks."
     os.chdir(ROOT)
     os.environ["IN_TEST"] = "1"
     refresh_quarto_yml()
-    nbdev_sidebar.__wrapped__(path=ROOT / "nbs")
+    write_sidebar(ROOT / "nbs/sidebar.yml")
     shutil.rmtree(proc, ignore_errors=True)
     shutil.copytree(ROOT / "nbs", proc, ignore=shutil.ignore_patterns(".*", "runs", "_*.ipynb", "__pycache__"))
     paths = sorted(proc.rglob("*.ipynb"))
