@@ -30,7 +30,7 @@ demo: setup  ## the main job: train on scikit-learn's digits, in the quickstart 
 	@echo "== demo: the quickstart notebook is executed (a real training run, about half a minute)"
 	@mkdir -p out && cp nbs/tutorials/00_quickstart.ipynb out/quickstart.ipynb
 	@cd out && $(BIN)/jupyter nbconvert --log-level=WARN --to notebook --inplace --execute $(QUIET_KERNEL) quickstart.ipynb
-	@cd out && $(BIN)/jupyter nbconvert --log-level=WARN --to html quickstart.ipynb
+	@cd out && $(BIN)/jupyter nbconvert --log-level=ERROR --to html quickstart.ipynb
 	@echo "   executed notebook  $(CURDIR)/out/quickstart.ipynb"
 	@echo "   its HTML page      $(CURDIR)/out/quickstart.html"
 	@echo "   its run folder     $(CURDIR)/out/runs/digits"
