@@ -218,9 +218,18 @@ class Setup:
         self.optimizer = make_optimizer(given["optimizer"], model, given["lr"], groups=given["groups"])
         self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
         if given["l1"] or given["l2"]: self.compute.penalty = penalty(model, given["l1"], given["l2"])
-        self.step = Step(self.compute, self.optimizer, given["clip_norm"], given["clip_value"])
+        self.step = self._step()
         check_schedule(given["schedule"], given["lr"])
         if given["compile"] is True: self.compute.model = torch.compile(model)  # type: ignore[assignment]
+
+    def _step(self) -> Step:
+        """The step, or the one that is compiled as a whole."""
+        given = self.given
+        if given["compile"] != "step": return Step(self.compute, self.optimizer, given["clip_norm"], given["clip_value"])
+        if given["accumulate"] > 1: raise ValueError('compile="step" takes one batch a step: leave accumulate at 1')
+        if self.train_metrics: raise ValueError('compile="step" keeps the outputs inside the graph: measure with metrics= on validation data')
+        from arc_nb.engine.compiled import CompiledStep
+        return CompiledStep(self.compute, self.optimizer, given["clip_norm"], given["clip_value"])
 
     def _metrics(self, seen: Sequence[tuple[Any, Any]] = ()) -> list[Any]:
         """The metrics for validation and for training, checked against the (output, target) seen; None where there are none."""
@@ -484,7 +493,7 @@ def export_model(
     inputs = setup.train.peek().inputs
     args, names = ((), inputs) if isinstance(inputs, dict) else (inputs, None)
     rows = {0: torch.export.Dim.AUTO}
-    shapes = {k: rows for k in inputs} if isinstance(inputs, dict) else tuple(rows for _ in inputs)
+    shapes = dict.fromkeys(inputs, rows) if isinstance(inputs, dict) else tuple(rows for _ in inputs)
     with evaluating(trainer.model):
         program = torch.export.export(trainer.model, args, kwargs=names, dynamic_shapes=shapes)
         if path.suffix == ".pt2": torch.export.save(program, path)

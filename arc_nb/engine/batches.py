@@ -138,6 +138,7 @@ class TensorBatches:
         self.tensors, self.rows = list(tensors.values()), len(next(iter(tensors.values())))
         self.batch_size, self.seed, self.shuffle, self.drop_last = batch_size, seed, shuffle, drop_last
         self.rebuild, self.naming = rebuild, naming
+        self.simple = rebuild is tuple and naming.get("labelled", True) and not naming.get("weighted")  # (inputs..., target)
         per_row = sum(t[:1].numel() * t.element_size() for t in self.tensors)
         self.chunk = max(1, CHUNK_BYTES // max(1, per_row * batch_size)) * batch_size  # rows, a multiple of the batch size
 
@@ -161,7 +162,8 @@ class TensorBatches:
 
     def _cut(self, chunk: list[Tensor]) -> Iterator[Batch]:
         for slices in zip(*(t.split(self.batch_size) for t in chunk)):
-            yield unpack(self.rebuild(slices), **self.naming)
+            if self.simple and len(slices) > 1: yield Batch(slices[:-1], slices[-1], None, len(slices[0]), slices)
+            else: yield unpack(self.rebuild(slices), **self.naming)
 
 # %% ../../nbs/engine/03_batches.ipynb #e4f351fe
 class KeyedSampler(Sampler):

@@ -55,7 +55,8 @@ def read(
 def random_state() -> dict[str, Any]:
     """The states of Python's, numpy's and torch's generators, as plain types and tensors."""
     kind, keys, at, has_gauss, cached = np.random.get_state()  # the legacy generator: the one that np.random.rand uses
-    return {"python": random.getstate(), "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), at, has_gauss, cached],
+    version, internal, gauss = random.getstate()
+    return {"python": [version, torch.tensor(internal), gauss], "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), at, has_gauss, cached],
             "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 def set_random_state(
@@ -63,7 +64,7 @@ def set_random_state(
 ) -> None:
     """Puts the generators back."""
     version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+    random.setstate((version, tuple(internal.tolist()), gauss))
     kind, keys, at, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), at, has_gauss, cached))
     torch.set_rng_state(state["torch"])

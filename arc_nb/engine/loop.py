@@ -167,7 +167,8 @@ class Lookout:
         self.parts, self.goal, self.recorder = parts, goal, Recorder(parts.history, goal.log_every)
         self.inbox = Inbox(parts.folder) if parts.folder else None
         self.clock = self.next = time.monotonic()  # when time was last counted; when to look up again
-        self.rows, self.stopping = 0, False
+        self.rows, self.stopping = 0, False  # of data used
+        self.seen = (0, 0.0)  # rows and seconds when the speed was last measured
         self.outcome: Outcome | None = None  # of the last step
 
     def count_time(self, training: bool = True) -> float:
@@ -176,13 +177,22 @@ class Lookout:
         if training: self.parts.status.elapsed += passed
         return passed
 
-    def look(self, wait: bool = False) -> None:
-        """History, status, requests from outside, listeners; with `wait`, values still on the device too."""
+    def settle(self, wait: bool = False) -> None:
+        """Brings the history in memory up to date; with `wait`, with the values that are still on the device too."""
+        self.rows += self.recorder.settle(self.parts.status.epoch, wait)
+        self.count_time()
+
+    def leave_out(self) -> None:
+        """The time since `settle` was not training (validation, checkpoints): it does not slow the speed."""
+        self.seen = (self.seen[0], self.seen[1] + self.count_time())
+
+    def look(self) -> None:
+        """History, status, requests from outside, listeners."""
         status, controls = self.parts.status, self.parts.controls
-        rows, passed = self.recorder.settle(status.epoch, wait), self.count_time()
-        self.rows += rows
+        self.settle()
+        rows, passed = self.rows - self.seen[0], status.elapsed - self.seen[1]
         if rows and passed:
-            status.samples_per_second = rows / passed
+            status.samples_per_second, self.seen = rows / passed, (self.rows, status.elapsed)
             self.parts.history.log(status.step, status.epoch, "train", "samples_per_second", status.samples_per_second)
         if self.goal.max_seconds and status.elapsed >= self.goal.max_seconds: controls.stop("the time limit was reached")
         self.tell()
@@ -284,6 +294,7 @@ class Epochs:
         """One epoch, its validation and its row."""
         parts, lookout, status = self.parts, self.lookout, self.parts.status
         status.epoch += 1
+        lookout.leave_out()
         rows, elapsed, steps = lookout.rows, status.elapsed, status.step
         if parts.train_metrics: parts.train_metrics.reset()
         self.measuring = 0.0
@@ -292,13 +303,14 @@ class Epochs:
             self._step(batches)
             if self.done: break
         if status.step == steps and not lookout.stopping: raise ValueError("the training data gave no batches in this epoch")
-        lookout.look(wait=True)
+        lookout.settle(wait=True)
         took, rows, mean = status.elapsed - elapsed, lookout.rows - rows, lookout.recorder.epoch_mean()
         if self._valid_is_due(): validate(parts, self.goal.limit_batches)
         log_epoch(parts, {"train_loss": mean, "seconds": took, "samples_per_second": rows / took if took > 0 else None}, self.measuring)
         if parts.schedule: parts.schedule.on_epoch(parts.history.latest("valid_loss"))
         parts.events.emit("on_epoch_end")
-        lookout.look()
+        if parts.controls.waiting: obey(lookout)
+        if time.monotonic() >= lookout.next: lookout.look()
 
     def _valid_is_due(self) -> bool:
         if self.parts.valid is None or self.lookout.stopping: return False
@@ -319,9 +331,15 @@ class Epochs:
         if parts.train_metrics: self._measure(batches[-1])
         if not outcome.good: report_not_finite(parts, outcome, batches)
         elif self.handlers["on_step_end"]: parts.events.emit("on_step_end")
-        if parts.valid and self.valid_every.after_step(status.step): validate(parts, self.goal.limit_batches)
+        if parts.valid and self.valid_every.after_step(status.step): self._validate()
         if parts.controls.waiting: obey(self.lookout)
         if time.monotonic() >= self.lookout.next: self.lookout.look()
+
+    def _validate(self) -> None:
+        """In the middle of an epoch."""
+        self.lookout.settle()
+        validate(self.parts, self.goal.limit_batches)
+        self.lookout.leave_out()
 
     def _measure(self, batch: Batch) -> None:
         """Feeds the step's last batch to the training metrics, and counts what that costs."""
@@ -371,8 +389,7 @@ class Loop:
         """Puts everything back; returns the errors of listeners that could not."""
         for parameter in self.parts.step.parameters: parameter.grad = None
         self.parts.compute.output = None
-        self.lookout.recorder.settle(self.parts.status.epoch, wait=True)
-        self.lookout.count_time()
+        self.lookout.settle(wait=True)
         for module, mode in modes: module.training = mode
         self.lookout.write()
         return clean_up(self.parts.events)
