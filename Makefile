@@ -14,8 +14,8 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 JS := $(shell find js -name node_modules -prune -o -type f -print)
 BOARD := arc_nb/static/board.js
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
-# Errors only: ipykernel warns at each start that it speaks over a local port.
-QUIET_KERNEL := --ExecutePreprocessor.extra_arguments=--log-level=40
+# ipykernel warns at each start that it speaks over a local port; the state of a widget that nobody can press is not kept.
+EXECUTE := --ExecutePreprocessor.extra_arguments=--log-level=40 --ExecutePreprocessor.store_widget_state=False
 export PATH := $(BIN):$(PATH)
 unexport VIRTUAL_ENV
 
@@ -29,7 +29,7 @@ setup: $(READY) $(BOARD)  ## the .venv and the board's JavaScript, which all the
 demo: setup  ## the main job: train on scikit-learn's digits, in the quickstart notebook
 	@echo "== demo: the quickstart notebook is executed (a real training run, about half a minute)"
 	@mkdir -p out && cp nbs/tutorials/00_quickstart.ipynb out/quickstart.ipynb
-	@cd out && $(BIN)/jupyter nbconvert --log-level=WARN --to notebook --inplace --execute $(QUIET_KERNEL) quickstart.ipynb
+	@cd out && $(BIN)/jupyter nbconvert --log-level=WARN --to notebook --inplace --execute $(EXECUTE) quickstart.ipynb
 	@cd out && $(BIN)/jupyter nbconvert --log-level=ERROR --to html quickstart.ipynb
 	@echo "   executed notebook  $(CURDIR)/out/quickstart.ipynb"
 	@echo "   its HTML page      $(CURDIR)/out/quickstart.html"
