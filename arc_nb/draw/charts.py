@@ -74,7 +74,8 @@ def history(frame: "pd.DataFrame",  # step, epoch, split, name, value: a run's `
     for trace in losses: figure.add_scatter(**trace, row=1, col=1)
     for i, name in enumerate(metrics):
         x, y = series(frame, "valid", name).points()
-        figure.add_scatter(name=f"valid {name}", x=x, y=y, mode="lines+markers", line={"color": c["bcdefa"[i % 6]], "width": 2}, row=2, col=1)
+        pen = {"color": c["bcdefa"[i % 6]], "width": 2}
+        figure.add_scatter(name=f"valid {name}", x=x, y=y, mode="lines+markers", line=pen, row=2, col=1)
     x, y = series(frame, "train", "lr").points()
     if len(x):
         x, y = np.append(x, frame["step"].max()), np.append(y, y[-1])

@@ -1,0 +1,261 @@
+"""The live board in a real browser: JupyterLab and Chromium, clicks while a cell is busy. Screenshots go to the folder that is printed."""
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
+ROOT = Path(__file__).resolve().parent.parent
+BUNDLE = ROOT / "arc_nb" / "static" / "board.js"
+WAIT = 60_000  # milliseconds for anything that has to come
+PANEL = "window.jupyterapp.shell.currentWidget"
+BOARD = ".arc-board"
+KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+
+pytestmark = [pytest.mark.browser,
+              pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no browser: {CHROMIUM} is missing (apt install chromium)"),
+              pytest.mark.skipif(not BUNDLE.exists(), reason=f"no bundle: {BUNDLE} is missing (make setup)")]
+
+SET_UP = """\
+import time, torch
+from arc_nb import Trainer, Callback
+torch.set_num_threads(1)
+X = torch.randn(4096, 20, generator=torch.Generator().manual_seed(0))
+y = (X[:, :3].sum(1) > 0).long()
+class Steps(Callback):                                # when each step ended, to count those after a click
+    def __init__(self): self.at = []
+    def on_step_end(self, trainer): self.at.append(time.time()); time.sleep(.004)
+steps = Steps()
+def trainer(name, epochs_lr=1e-3):
+    model = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+    return Trainer(model, (X, y), (X[:512], y[:512]), loss="cross_entropy", metrics=["accuracy"], lr=epochs_lr,
+                   batch_size=32, callbacks=[steps], run=f"runs/{name}")
+"""
+LONG = """\
+t, asked = trainer('watched', 1e-4), []
+def stop(*args, then=t.controls.stop, **options):     # stamps the request, and how many steps had ended by then
+    asked.append((time.time(), len(steps.at)))
+    then(*args, **options)
+t.controls.stop = stop
+t.fit(epochs=400)
+ended = time.time()"""
+RESULT = "print('RESULT', t.status.state, t.status.step, t.lr, len(steps.at) - asked[0][1], round(ended - asked[0][0], 3))"
+SHORT = "s = trainer('short')\ns.fit(epochs=2);"
+
+
+@contextlib.contextmanager
+def jupyter(root: Path):
+    "A JupyterLab of its own: own settings, own port, own process group."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="jupyter-") as folder:
+        home = Path(folder)
+        dirs = {"JUPYTER_CONFIG_DIR": "c", "JUPYTER_RUNTIME_DIR": "r", "IPYTHONDIR": "i", "JUPYTERLAB_SETTINGS_DIR": "s",
+                "JUPYTERLAB_WORKSPACES_DIR": "w"}
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("VSCODE", "COLAB"))}
+        env |= {k: str(home / v) for k, v in dirs.items()} | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        news = home / "s/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+        news.parent.mkdir(parents=True)
+        news.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
+        command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
+                   "--IdentityProvider.token=t", f"--ServerApp.root_dir={root}", "--LabApp.expose_app_in_browser=True"]
+        with (home / "log").open("w") as log:
+            server = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            base = f"http://127.0.0.1:{port}"
+            answer(f"{base}/api/status?token=t", server, home / "log")
+            yield base
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            try: server.wait(15)
+            except subprocess.TimeoutExpired: os.killpg(server.pid, signal.SIGKILL); server.wait(15)
+
+
+def answer(url, server, log, seconds=60):
+    "Waits until the server answers."
+    end = time.monotonic() + seconds
+    while True:
+        try: return urllib.request.urlopen(url, timeout=2).read()
+        except OSError:
+            assert server.poll() is None and time.monotonic() < end, log.read_text()[-2000:]
+            select_wait(.2)
+
+
+def select_wait(seconds):
+    "A pause between two tries."
+    import threading
+    threading.Event().wait(seconds)
+
+
+@pytest.fixture(scope="module")
+def out() -> Path:
+    folder = Path(os.environ.get("BROWSER_OUT") or tempfile.mkdtemp(prefix="arc-browser-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"\nscreenshots: {folder}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    root = tmp_path_factory.mktemp("notebooks")
+    with jupyter(root) as base: yield base, root
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+class Page:
+    "A notebook in the browser."
+    def __init__(self, browser, base, width=1240, height=820):
+        self.page, self.base = browser.new_page(viewport={"width": width, "height": height}), base
+
+    def open(self, name):
+        self.page.goto(f"{self.base}/lab/tree/{name}?token=t&reset")
+        self.page.wait_for_function("() => { const p = window.jupyterapp?.shell?.currentWidget, k = p?.sessionContext?.session?.kernel;"
+                                    " return p?.context?.isReady && k?.connectionStatus === 'connected' && k.status === 'idle' }", timeout=WAIT)
+        if self.page.evaluate("() => !window.jupyterapp.shell.leftCollapsed"): self.command("application:toggle-left-area")
+
+    def command(self, name):  # not awaited: run-all ends with the run
+        self.page.evaluate("(name) => { window.jupyterapp.commands.execute(name); return 1 }", name)
+
+    def until(self, expression, arg=None): self.page.wait_for_function(expression, arg=arg, timeout=WAIT)
+
+    def data(self, name): return self.page.locator(BOARD).first.get_attribute(f"data-{name}")
+
+    def points(self, least): self.until(f"(n) => Number(document.querySelector('{BOARD}')?.dataset.points || 0) >= n", least)
+
+    def state(self, name): self.until(f"(s) => document.querySelector('{BOARD}')?.dataset.state === s", name)
+
+    def done(self, cell): self.until(f"(i) => {{ const c = {PANEL}.content.widgets[i].model; return c.executionCount !== null && c.executionState !== 'running' }}", cell)
+
+    def save(self): self.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save').then(() => 1)")
+
+    def shot(self, path, whole=False):
+        (self.page if whole else self.page.locator(BOARD).first).screenshot(path=path)
+
+    def theme(self, name):
+        self.page.evaluate("(t) => window.jupyterapp.commands.execute('apputils:change-theme', {theme: t}).then(() => 1)", name)
+        self.until("(dark) => (document.body.dataset.jpThemeLight === 'false') === dark", "Dark" in name)
+
+
+def notebook(root, name, cells):
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata=KERNEL), root / name)
+
+
+def outputs(nb): return [o.get("data", {}) for cell in nb.cells for o in cell.get("outputs", [])]
+
+
+def test_a_run_is_watched_steered_and_kept(lab, browser, out):
+    base, root = lab
+    notebook(root, "live.ipynb", [SET_UP, LONG, RESULT])
+    p = Page(browser, base)
+    p.open("live.ipynb")
+    p.command("notebook:run-all-cells")
+    p.page.wait_for_selector(BOARD, timeout=WAIT)
+    p.page.locator(BOARD).scroll_into_view_if_needed()
+    p.shot(out / "first.png")
+    p.points(60)
+    seen = int(p.data("points"))
+    p.points(seen + 60)                                                   # the curve grows while the cell is busy
+    assert p.page.evaluate(f"() => {PANEL}.content.widgets[1].model.executionState") == "running"
+    p.points(700)
+    p.page.hover(f"{BOARD} .u-over", position={"x": 300, "y": 90})
+    p.page.wait_for_selector(f"{BOARD} .tip .at", timeout=WAIT)
+    assert re.match(r"step [\d,]+ · epoch \d+", p.page.inner_text(f"{BOARD} .tip .at"))
+    p.shot(out / "light.png"); p.shot(out / "page.png", whole=True)
+
+    p.page.click(f"{BOARD} .pause"); p.state("paused")                     # Pause holds it
+    held = int(p.data("step"))
+    p.theme("JupyterLab Dark"); p.shot(out / "dark-paused.png")            # takes its time, while nothing may move
+    assert int(p.data("step")) == held
+    p.page.click(f"{BOARD} .pause"); p.state("training")                   # Resume goes on
+    p.until(f"(n) => Number(document.querySelector('{BOARD}').dataset.step) > n", held + 50)
+    p.shot(out / "dark.png")
+
+    field = p.page.locator(f"{BOARD} input.lr")
+    field.fill("-3"); field.press("Enter")
+    assert "bad" in field.get_attribute("class")
+    field.fill("2.5e-3"); field.press("Enter")
+    p.until(f"() => document.querySelector('{BOARD} input.lr').value === '2.5e-3'")
+    p.until(f"() => [...document.querySelectorAll('{BOARD} .card')].some(c => c.textContent.includes('2.5e-3'))")
+    p.page.click(f"{BOARD} .log")
+    p.until(f"() => document.querySelector('{BOARD} .log').getAttribute('aria-pressed') === 'false'"); p.shot(out / "linear.png")
+    p.page.click(f"{BOARD} .log"); p.page.locator(f"{BOARD} .legend button", has_text="valid").click()
+    box = p.page.locator(f"{BOARD} .u-over").bounding_box()
+    p.page.mouse.move(box["x"] + 10, box["y"] + 80); p.page.mouse.down(); p.page.mouse.move(box["x"] + 60, box["y"] + 90, steps=4); p.page.mouse.up()
+    p.shot(out / "zoom.png"); p.page.mouse.dblclick(box["x"] + 60, box["y"] + 90)
+    p.page.locator(f"{BOARD} .legend button", has_text="valid").click()
+
+    clicked = time.time()
+    p.page.click(f"{BOARD} .stop"); p.done(2)
+    took = time.time() - clicked
+    p.page.wait_for_selector("text=RESULT", timeout=WAIT)
+    text = p.page.locator(".jp-CodeCell").nth(2).locator(".jp-Cell-outputArea").inner_text()
+    state, step, lr, after, ended = re.search(r"RESULT (\w+) (\d+) (\S+) (\d+) (\S+)", text).groups()
+    print(f"\nStop by a click in a busy cell: {after} step(s) after the request, the fit returned {ended} s after it; {took:.2f} s seen from the browser")
+    assert state == "stopped" and int(step) < 400 * 128 and float(lr) == pytest.approx(2.5e-3) and int(after) <= 2
+    p.page.wait_for_selector(".jp-RenderedSVG img, .jp-RenderedSVG svg", timeout=WAIT)
+    p.shot(out / "end.png", whole=True)
+    p.theme("JupyterLab Light")
+    p.save()
+    saved = nbformat.read(root / "live.ipynb", 4)
+    pictures = [data for data in outputs(saved) if "image/svg+xml" in data]
+    assert pictures and not any("widget" in kind for data in outputs(saved) for kind in data) and "widgets" not in saved.metadata
+    for session in json.loads(urllib.request.urlopen(f"{base}/api/sessions?token=t").read()):     # a fresh kernel knows no widget
+        urllib.request.urlopen(urllib.request.Request(f"{base}/api/sessions/{session['id']}?token=t", method="DELETE"))
+    p.open("live.ipynb")
+    p.page.wait_for_selector(".jp-RenderedSVG img, .jp-RenderedSVG svg", timeout=WAIT)
+    p.page.locator(".jp-RenderedSVG").first.scroll_into_view_if_needed()
+    p.shot(out / "reopened.png", whole=True)
+    assert p.page.locator(BOARD).count() == 0
+    p.page.close()
+
+
+def test_narrow(lab, browser, out):
+    base, root = lab
+    notebook(root, "narrow.ipynb", [SET_UP, LONG])
+    p = Page(browser, base, width=640)
+    p.open("narrow.ipynb")
+    p.command("notebook:run-all-cells")
+    p.points(300)
+    inside = p.page.evaluate(f"() => {{ const r = document.querySelector('{BOARD}'); return [r.scrollWidth, r.clientWidth] }}")
+    p.page.locator(BOARD).scroll_into_view_if_needed()
+    p.shot(out / "narrow.png")
+    assert inside[0] <= inside[1]
+    p.command("notebook:interrupt-kernel"); p.done(1)                      # the kernel's own interrupt ends it as well
+    p.page.wait_for_selector(".jp-RenderedSVG img, .jp-RenderedSVG svg", timeout=WAIT)
+    p.page.close()
+
+
+def test_without_a_front_end(tmp_path, browser, out):
+    notebook(tmp_path, "plain.ipynb", [SET_UP, SHORT])
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("VSCODE", "COLAB"))} | {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path / "i")}
+    subprocess.run([sys.executable, "-m", "jupyter", "nbconvert", "--execute", "--to", "html", "--output", "plain", "plain.ipynb"],
+                   cwd=tmp_path, env=env, check=True, capture_output=True, timeout=180)
+    page = browser.new_page(viewport={"width": 1100, "height": 1200})
+    page.goto(f"file://{tmp_path}/plain.html", wait_until="domcontentloaded")
+    size = page.locator(".jp-RenderedSVG").first.bounding_box()
+    page.screenshot(path=out / "nbconvert.png")
+    page.close()
+    assert size and size["height"] > 250
