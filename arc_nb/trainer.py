@@ -227,7 +227,7 @@ class Setup:
         given = self.given
         if given["compile"] != "step": return Step(self.compute, self.optimizer, given["clip_norm"], given["clip_value"])
         if given["accumulate"] > 1: raise ValueError('compile="step" takes one batch a step: leave accumulate at 1')
-        if self.train_metrics: raise ValueError('compile="step" keeps the outputs inside the graph: measure with metrics= on validation data')
+        if self.train_metrics: raise ValueError('compile="step" keeps outputs inside the graph: measure with metrics=, on validation data')
         from arc_nb.engine.compiled import CompiledStep
         return CompiledStep(self.compute, self.optimizer, given["clip_norm"], given["clip_value"])
 
@@ -237,7 +237,7 @@ class Setup:
         goal = self.compute.objective
         for specs in (self.given["metrics"], self.given["train_metrics"]):
             if specs is None or (isinstance(specs, (tuple, list)) and not specs): built.append(None); continue
-            if not goal: raise ValueError("metrics need the model's outputs, which step= hides: return what is to be logged in its dict")
+            if not goal: raise ValueError("metrics need the model's outputs, which step= hides: return what to log in its dict")
             from arc_nb.engine.metrics import metrics
             built.append(metrics(specs, activation=goal.activation, class_dim=goal.class_dim, ignore_index=goal.ignore))
             for output, target in seen: built[-1].check(output, target)

@@ -56,7 +56,8 @@ def random_state() -> dict[str, Any]:
     """The states of Python's, numpy's and torch's generators, as plain types and tensors."""
     kind, keys, at, has_gauss, cached = np.random.get_state()  # the legacy generator: the one that np.random.rand uses
     version, internal, gauss = random.getstate()
-    return {"python": [version, torch.tensor(internal), gauss], "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), at, has_gauss, cached],
+    return {"python": [version, torch.tensor(internal), gauss],
+            "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), at, has_gauss, cached],
             "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 def set_random_state(

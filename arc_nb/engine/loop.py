@@ -166,7 +166,8 @@ class Lookout:
     def __init__(self, parts: Parts, goal: Goal):
         self.parts, self.goal, self.recorder = parts, goal, Recorder(parts.history, goal.log_every)
         self.inbox = Inbox(parts.folder) if parts.folder else None
-        self.clock = self.next = time.monotonic()  # when time was last counted; when to look up again
+        self.clock = time.monotonic()  # when time was last counted
+        self.next = self.clock + goal.tick  # when to look up again
         self.rows, self.stopping = 0, False  # of data used
         self.seen = (0, 0.0)  # rows and seconds when the speed was last measured
         self.outcome: Outcome | None = None  # of the last step
@@ -305,8 +306,9 @@ class Epochs:
         if status.step == steps and not lookout.stopping: raise ValueError("the training data gave no batches in this epoch")
         lookout.settle(wait=True)
         took, rows, mean = status.elapsed - elapsed, lookout.rows - rows, lookout.recorder.epoch_mean()
+        status.samples_per_second = rows / took if took > 0 else None
         if self._valid_is_due(): validate(parts, self.goal.limit_batches)
-        log_epoch(parts, {"train_loss": mean, "seconds": took, "samples_per_second": rows / took if took > 0 else None}, self.measuring)
+        log_epoch(parts, {"train_loss": mean, "seconds": took, "samples_per_second": status.samples_per_second}, self.measuring)
         if parts.schedule: parts.schedule.on_epoch(parts.history.latest("valid_loss"))
         parts.events.emit("on_epoch_end")
         if parts.controls.waiting: obey(lookout)

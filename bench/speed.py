@@ -1,0 +1,176 @@
+"""Time a step: the Trainer, with history, gradient norm and board on, beside loops written by hand. CPU time, interleaved pairs.
+
+usage: python bench/speed.py [pairs, default 30] [--smoke]   writes bench/results/speed.json (not with --smoke)
+"""
+import contextlib
+import io
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from arc_nb import Trainer
+
+torch.set_num_threads(1)
+BOARD = "widget"
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x):
+        b, t, w = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, w))
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, vocabulary=65, width=128, layers=4, heads=4, context=128):
+        super().__init__()
+        self.token, self.place = nn.Embedding(vocabulary, width), nn.Parameter(torch.zeros(context, width))
+        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)], nn.LayerNorm(width), nn.Linear(width, vocabulary))
+
+    def forward(self, tokens): return self.blocks(self.token(tokens) + self.place)
+
+
+def mlp(): return nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1))
+
+
+def flat_entropy(output, target): return F.cross_entropy(output.flatten(0, 1), target.flatten())
+
+
+def settings(smoke):
+    """name, model, data, batch size, the Trainer's loss, the same loss by hand, epochs a measurement."""
+    g = torch.Generator().manual_seed(0)
+    X, y = torch.randn(32768, 20, generator=g), torch.randn(32768, 1, generator=g)
+    rows = 32 if smoke else 96
+    tokens = torch.randint(0, 65, (rows, 129), generator=g)
+    small = 4096 if smoke else 32768
+    return [("mlp_32", mlp, (X[:small], y[:small]), 32, "mse", F.mse_loss, 1),
+            ("mlp_256", mlp, (X[:small], y[:small]), 256, "mse", F.mse_loss, 4),
+            ("gpt_16", GPT, (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()), 16, "cross_entropy", flat_entropy, 1)]
+
+
+def tight(model, data, batch, loss, epochs):
+    """Permuted once an epoch, sliced, fused AdamW."""
+    optimizer, (X, y) = torch.optim.AdamW(model.parameters(), 1e-3, fused=True), data
+    for _ in range(epochs):
+        order = torch.randperm(len(X))
+        x, t = X[order], y[order]
+        for i in range(0, len(X), batch):
+            value = loss(model(x[i:i + batch]), t[i:i + batch])
+            optimizer.zero_grad(); value.backward(); optimizer.step()
+
+
+def usual(model, data, batch, loss, epochs):
+    """What most people write."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for _ in range(epochs):
+        for x, t in DataLoader(TensorDataset(*data), batch, shuffle=True):
+            value = loss(model(x), t)
+            optimizer.zero_grad(); value.backward(); optimizer.step()
+
+
+def cpu(call):
+    """CPU seconds of a call, its prints swallowed."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        began = time.process_time()
+        call()
+        return time.process_time() - began
+
+
+def interval(ratios):
+    """Median with its 95 % interval by bootstrap."""
+    rng, ratios = np.random.default_rng(0), np.array(ratios)
+    medians = np.median(rng.choice(ratios, (2000, len(ratios))), axis=1)
+    return [round(float(v), 3) for v in (np.median(ratios), *np.quantile(medians, (.025, .975)))]
+
+
+def fresh(make):
+    torch.manual_seed(0)
+    return make()
+
+
+def measure(setting, pairs, home, modes):
+    name, make, data, batch, loss, by_hand, epochs = setting
+    steps = epochs * -(-len(data[0]) // batch)
+    trainers = {mode: Trainer(fresh(make), data, loss=loss, batch_size=batch, run=f"{home}/{name}-{mode}", board=BOARD,
+                              compile="step" if mode == "compiled" else False) for mode in modes}
+    for trainer in trainers.values(): cpu(lambda t=trainer: t.fit(epochs=1))
+    runs = {"tight": lambda: tight(fresh(make), data, batch, by_hand, epochs), "usual": lambda: usual(fresh(make), data, batch, by_hand, epochs)}
+    runs |= {mode: lambda t=trainer: t.fit(epochs=epochs) for mode, trainer in trainers.items()}
+    found = {key: [] for key in runs}
+    for k in range(pairs):
+        for key in sorted(runs, key=lambda key: hash((key, k))): found[key].append(cpu(runs[key]))
+    ratio = lambda a, b: interval([x / y for x, y in zip(found[a], found[b])])
+    rows = [{"name": {"ours": "arc_nb", "compiled": "arc_nb, compile=\"step\"", "tight": "tight loop by hand", "usual": "usual DataLoader loop"}[key],
+             "us_a_step": round(1e6 * statistics.median(found[key]) / steps, 1), "of_tight": ratio(key, "tight"),
+             "of_usual": ratio(key, "usual")[0], "usual_over": ratio("usual", key)} for key in found]
+    if "compiled" in trainers: rows[-1]["compile_seconds"] = round(trainers["compiled"].setup.step.compile_seconds, 1)
+    return sorted(rows, key=lambda row: row["us_a_step"])
+
+
+def same_losses(home):
+    """Largest difference of the first 100 losses, compiled and not."""
+    g = torch.Generator().manual_seed(0)
+    data = torch.randn(3200, 20, generator=g), torch.randn(3200, 1, generator=g)
+    curves = []
+    for mode in (False, "step"):
+        trainer = Trainer(fresh(mlp), data, loss="mse", run=f"{home}/same{mode}", board=False, compile=mode)
+        cpu(lambda t=trainer: t.fit(steps=100))
+        curves.append(trainer.history.series("train", "loss")[1])
+    return float(np.abs(curves[0] - curves[1]).max())
+
+
+def train_metric(pairs, home):
+    """What a training metric costs, as a ratio of CPU time."""
+    g = torch.Generator().manual_seed(0)
+    X, y = torch.randn(8192, 20, generator=g), torch.randint(0, 2, (8192,), generator=g)
+    make = lambda: nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 2))
+    with_, without = [Trainer(fresh(make), (X, y), loss="cross_entropy", run=f"{home}/metric{bool(m)}", board=False, train_metrics=m) for m in (["accuracy"], ())]
+    for trainer in (with_, without): cpu(lambda t=trainer: t.fit(epochs=1))
+    return interval([cpu(lambda: with_.fit(epochs=1)) / cpu(lambda: without.fit(epochs=1)) for _ in range(pairs)])
+
+
+GOALS = {"mlp_32": ("of_tight", 1.2), "mlp_256": ("of_tight", 1.15), "gpt_16": ("of_tight", 1.05)}
+
+
+def main():
+    smoke, numbers = "--smoke" in sys.argv, [int(a) for a in sys.argv[1:] if a.isdigit()]
+    pairs = numbers[0] if numbers else 2 if smoke else 30
+    warnings.simplefilter("ignore")
+    out = {"machine": platform.platform(), "python": platform.python_version(), "torch": torch.__version__, "threads": 1, "pairs": pairs,
+           "measure": "CPU seconds of whole fits, interleaved; history, gradient norm, checkpoint an epoch and live board on; medians with 95 % intervals"}
+    with tempfile.TemporaryDirectory() as home:
+        for setting in settings(smoke):
+            modes = ["ours"] + ([] if smoke or setting[0].startswith("gpt") else ["compiled"])
+            out[setting[0]] = measure(setting, pairs, home, modes)
+            for row in out[setting[0]]: print(setting[0], row, flush=True)
+        if not smoke: out["largest_loss_difference_100_steps"] = same_losses(home)
+        out["train_metric_cost"] = train_metric(pairs, home)
+    print("loss difference, compiled:", out.get("largest_loss_difference_100_steps"), " train metric:", out["train_metric_cost"])
+    for name, (key, goal) in GOALS.items():
+        ours = next(row for row in out[name] if row["name"] == "arc_nb")
+        print(f"{name}: {ours[key][0]} (interval {ours[key][1]}-{ours[key][2]}), goal at most {goal}: {'met' if ours[key][0] <= goal else 'MISSED'}")
+    if smoke: return
+    path = Path(__file__).parent / "results" / "speed.json"
+    path.write_text(json.dumps(out, indent=1) + "\n")
+    print("written:", path)
+
+
+if __name__ == "__main__": main()
