@@ -187,12 +187,12 @@ class Checkpoints(Callback):
     def __init__(
         self,
         folder: str | Path,  # of the run
-        every: int | str | None = "1 epoch",  # how often last.pt is written: steps, "1 epoch", "10 min"; None only at the end
+        every: int | str | None = "1 epoch",  # when last.pt is written: steps, "1 epoch" (at most once a second), "10 min"; None: at the end
         monitor: str = "valid_loss",
         mode: str = "auto",
     ):
         self.folder, self.every, self.monitor, self.sign = Path(folder), Every(every), monitor, direction(monitor, mode)
-        self.best, self.saved_step = -math.inf, -1
+        self.best, self.saved_step, self.saved_at = -math.inf, -1, -math.inf
 
     def save(self, trainer: Any, name: str) -> None:
         """Writes one file; an OSError becomes a warning."""
@@ -200,7 +200,7 @@ class Checkpoints(Callback):
         try: write(self.folder / name, trainer.state_dict())
         except OSError as error: warnings.warn(f"{name} could not be written, the older one stays: {error}", RuntimeWarning, stacklevel=2)
         else: trainer.history.log(trainer.status.step, trainer.status.epoch, "epoch", "checkpoint_seconds", time.monotonic() - began)
-        if name == "last.pt": self.saved_step = trainer.status.step
+        if name == "last.pt": self.saved_step, self.saved_at = trainer.status.step, time.monotonic()
 
     def on_step_end(self, trainer: Any) -> None:
         if self.every.after_step(trainer.status.step): self.save(trainer, "last.pt")
@@ -212,7 +212,7 @@ class Checkpoints(Callback):
         self.save(trainer, "best.pt")
 
     def on_epoch_end(self, trainer: Any) -> None:
-        if self.every.after_epoch(trainer.status.epoch): self.save(trainer, "last.pt")
+        if self.every.after_epoch(trainer.status.epoch) and time.monotonic() - self.saved_at >= 1: self.save(trainer, "last.pt")
 
     def cleanup(self, trainer: Any) -> None:
         if trainer.status.step != self.saved_step: self.save(trainer, "last.pt")
