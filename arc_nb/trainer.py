@@ -6,8 +6,8 @@ Docs: https://arc-nb.github.io/arc_nb/trainer.html.md"""
 
 # %% auto #0
 __all__ = ['Run', 'show', 'follow', 'check_numbers', 'check_choices', 'warn_unused', 'plain', 'describe', 'seeded',
-           'make_objective', 'check_schedule', 'Setup', 'make_goal', 'Training', 'Using', 'without_target', 'to_host',
-           'join', 'export_model', 'Trainer']
+           'make_objective', 'check_schedule', 'Setup', 'make_goal', 'Training', 'Using', 'without_target', 'is_nested',
+           'to_host', 'join', 'storable', 'export_model', 'Trainer']
 
 # %% ../nbs/40_trainer.ipynb #f784298c
 import asyncio
@@ -25,13 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .engine.batches import LoaderBatches, TensorBatches, hold_out, keyed_seed, make_batches
+from .engine.batches import Batch, LoaderBatches, TensorBatches, hold_out, keyed_seed, make_batches
 from .engine.callbacks import Checkpoints
 from .engine.checkpoint import prepare_folder, random_state, read, restore, seed_all, set_random_state, write
 from .engine.controls import Controls, FileControls, positive
 from .engine.events import Callback, Events, check_callback, order_table
 from .engine.history import History, Status
-from .engine.loop import Every, Goal, Loop, Parts, seconds
+from .engine.goal import Every, Goal, seconds
+from .engine.loop import Loop, Parts
 from .engine.objectives import objective, penalty
 from .engine.optimizers import optimizer as make_optimizer
 from .engine.precision import Precision, pick_device
@@ -213,6 +214,7 @@ class Setup:
         self.compute = Computation(model, make_objective(given["loss"], given["step"], device), given["step"], None, precision)
         self._metrics()  # an unknown name is refused before the data are read
         self.train, self.valid = self._data(given["train"], given["valid"])
+        self.example: Batch | None = None  # the first rows of train
         seen = self._look()
         self.metrics, self.train_metrics = self._metrics(seen)
         self.optimizer = make_optimizer(given["optimizer"], model, given["lr"], groups=given["groups"])
@@ -261,6 +263,7 @@ class Setup:
         for batches in (self.train, self.valid):
             if batches is None: continue
             with seeded(self.given["seed"]): batch = batches.peek()
+            if batches is self.train: self.example = batch
             if goal: seen.append((goal.point(probe(self.compute, batch)), batch.target))
         return seen
 
@@ -329,7 +332,10 @@ class Training(Run):
         self.loop, self._thread = Loop(parts, goal), threading.current_thread()
         try:
             with seeded(seed), torch.autograd.set_detect_anomaly(detect_anomaly, check_nan=detect_anomaly): return self.loop.run()
-        finally: self._thread = None
+        finally:
+            self._thread = None
+            self.history.flush()  # what was logged while cleaning up
+            self.controls.resume(); self.controls.take()  # what came too late is not meant for the next fit
 
     async def fit_async(self, *args: Any, **options: Any) -> History:
         """`fit` in a thread, to be awaited: for front ends whose buttons wait for the cell. An interrupt asks for a stop."""
@@ -345,7 +351,7 @@ class Training(Run):
         moved = prepare_folder(self.folder)
         if moved: print(f"{self.folder} held another run, which is now {moved}")
         path, setup = self.folder.resolve(), self.setup
-        about = describe(setup.given, self.model, setup.train and setup.train.rows)
+        about = describe(setup.given, self.model, setup.train.rows if setup.train is not None else None)
         (path / "config.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         self.history.path = path / "history.jsonl"
         return path
@@ -415,9 +421,11 @@ class Training(Run):
 class Using(Training):
     """What can be done with the model: evaluate, predict, save, export."""
 
-    def evaluate(self, data: Any) -> dict[str, float]:
-        """{"loss": .., metric: ..} on any data with targets; nothing is logged."""
-        with seeded(self.setup.given["seed"]): return evaluate(self.setup.compute, self.setup.batches(data, "test"), self.setup.metrics)
+    def evaluate(self, data: Any) -> dict[str, Any]:
+        """{"loss": .., metric: ..} on any data with targets, a table such as confusion_matrix as a nested list; nothing is logged."""
+        setup = self.setup
+        with seeded(setup.given["seed"]): scores = evaluate(setup.compute, setup.batches(data, "test"), setup.metrics)
+        return scores | (setup.metrics.tables() if setup.metrics else {})
 
     @torch.no_grad()
     def predict(
@@ -428,7 +436,7 @@ class Using(Training):
         """The model's outputs as a float tensor (rows, ...) on the CPU, in the order given."""
         goal, outputs = self.setup.compute.objective, []
         if proba and not (goal and goal.activation): raise ValueError("proba=True: this loss does not say how outputs become probabilities")
-        with evaluating(self.model), self.setup.compute.precision.cast():
+        with seeded(self.setup.given["seed"]), evaluating(self.model), self.setup.compute.precision.cast():
             for batch in self.setup.batches(data, "data", labelled=False).epoch():
                 inputs = without_target(batch.inputs, self.setup)
                 output = self.model(**inputs) if isinstance(inputs, dict) else self.model(*inputs)
@@ -438,7 +446,7 @@ class Using(Training):
     def summary(self) -> "pd.DataFrame":
         """A row a layer: layer, type, output shape, parameters, trainable."""
         import pandas as pd
-        return pd.DataFrame(summary(self.model, self.setup.train.peek() if self.setup.train and self.setup.compute.objective else None))
+        return pd.DataFrame(summary(self.model, self.setup.example if self.setup.compute.objective else None))
 
     def show(self) -> "Board":
         """Draws the board of this run again."""
@@ -463,9 +471,13 @@ def without_target(
 ) -> tuple | dict:
     """The inputs alone: what the training data have beyond them is left out."""
     if isinstance(inputs, dict): return {k: v for k, v in inputs.items() if k != setup.given["target"]}
-    if setup.train is None or setup.compute.objective is None: return inputs
-    known = setup.train.peek().inputs
+    if setup.example is None or setup.compute.objective is None: return inputs
+    known, first = setup.example.inputs, inputs[0]
+    if is_nested(first) and not (isinstance(known, tuple) and is_nested(known[0])):  # (inputs, target), as in training
+        return without_target(dict(first) if isinstance(first, Mapping) else tuple(first), setup)
     return inputs[:len(known)] if isinstance(known, tuple) else inputs
+
+def is_nested(value: Any) -> bool: return isinstance(value, (tuple, list, Mapping))
 
 def to_host(output: Any) -> Any:
     """Tensors as float on the CPU."""
@@ -482,6 +494,15 @@ def join(outputs: Sequence[Any]) -> Any:
     return tuple(join(column) for column in zip(*outputs))
 
 # %% ../nbs/40_trainer.ipynb #c45dfe9a
+def storable(
+    value: Any,  # a setting
+) -> bool:
+    """Whether a file can hold it: plain types and tensors, in tuples, lists and dicts."""
+    if type(value) is dict: return all(map(storable, value.values()))
+    if type(value) in (tuple, list): return all(map(storable, value))
+    return value is None or isinstance(value, (str, int, float, bool, Tensor))
+
+# %% ../nbs/40_trainer.ipynb #695f815c
 def export_model(
     trainer: Using,
     path: str | Path,  # ends in .onnx or .pt2
@@ -489,8 +510,8 @@ def export_model(
     """Writes the model for other programs; ValueError for another ending, ImportError where ONNX is not installed."""
     path, setup = Path(path), trainer.setup
     if path.suffix not in (".onnx", ".pt2"): raise ValueError(f"{str(path)!r}: a model is exported as .onnx or .pt2")
-    if setup.train is None: raise ValueError("export needs training data, to see what the model's inputs look like")
-    inputs = setup.train.peek().inputs
+    if setup.example is None: raise ValueError("export needs training data, to see what the model's inputs look like")
+    inputs = setup.example.inputs
     args, names = ((), inputs) if isinstance(inputs, dict) else (inputs, None)
     rows = {0: torch.export.Dim.AUTO}
     shapes = dict.fromkeys(inputs, rows) if isinstance(inputs, dict) else tuple(rows for _ in inputs)
@@ -500,7 +521,7 @@ def export_model(
         else: torch.onnx.export(program, f=path, dynamo=True)
     return path
 
-# %% ../nbs/40_trainer.ipynb #695f815c
+# %% ../nbs/40_trainer.ipynb #9f9704f6
 class Trainer(Using):
     """Trains a model and shows what happens."""
     def __init__(
@@ -545,7 +566,7 @@ class Trainer(Using):
         check_numbers(batch_size, accumulate, workers, clip_norm, clip_value, lr)
         Every(checkpoint_every), Every(valid_every)
         warn_unused(train, batch_size, workers, drop_last, shuffle)
-        self.callbacks = [check_callback(c) for c in (*callbacks, *track)]
+        self.callbacks = [check_callback(c) for some in (callbacks, track) for c in (some if isinstance(some, Iterable) else [some])]
         self.setup = Setup(given)
         self.name = Path(run).name if isinstance(run, (str, Path)) else type(model).__name__.lower()
         self.folder = None if run is False else Path(run) if isinstance(run, (str, Path)) else Path("runs") / self.name
@@ -553,18 +574,22 @@ class Trainer(Using):
 
     def save(self, path: str | Path) -> Path:
         """Writes weights and settings into one file."""
-        kept = ("loss", "metrics", "batch_size", "precision", "target", "weighted")
-        settings_ = {k: plain(v) for k, v in self.setup.given.items() if k in kept}
-        return write(path, {"model": self.model.state_dict(), "settings": settings_, "step": self.step, "epoch": self.epoch})
+        kept = {k: self.setup.given[k] for k in ("loss", "step", "metrics", "batch_size", "precision", "target", "weighted")}
+        settings_ = {k: v for k, v in kept.items() if storable(v)}
+        objects = {k: repr(v) for k, v in kept.items() if not storable(v)}
+        return write(path, {"model": self.model.state_dict(), "settings": settings_, "objects": objects,
+                            "step": self.step, "epoch": self.epoch})
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module, **settings_: Any) -> "Trainer":
         """A Trainer with the saved weights; settings go before the saved ones. FileNotFoundError, or ValueError for no such file."""
         saved = read(path)
-        known = {k: tuple(v) if isinstance(v, list) and len(v) == 2 and isinstance(v[1], dict) else v
-                 for k, v in saved["settings"].items()}
-        trainer = cls(model, **{"run": False, **known, **settings_})
-        model.load_state_dict(saved["model"])
+        if "settings" not in saved: raise ValueError(f"{path} is a checkpoint of a run, not a saved model: use trainer.restore(path)")
+        missing = [f"{k}= (it was {v})" for k, v in saved["objects"].items() if k not in settings_]
+        if missing: raise ValueError(f"{path} cannot hold code: give it again, as an argument of load: {', '.join(missing)}")
+        trainer = cls(model, **{"run": False, **saved["settings"], **settings_})
+        try: model.load_state_dict(saved["model"])
+        except RuntimeError as error: raise ValueError(f"{path} holds the weights of another model: {error}") from error
         return trainer
 
     def export(self, path: str | Path) -> Path:

@@ -123,13 +123,17 @@ def fresh(make):
     return make()
 
 
+NAMES = {"ours": "arc_nb", "compiled": 'arc_nb, compile="step"', "tight": "tight loop by hand", "usual": "usual DataLoader loop"}
+
+
 def measure(setting, pairs, home, modes):
     name, make, data, batch, loss, by_hand, epochs = setting
     steps = epochs * -(-len(data[0]) // batch)
-    trainers = {mode: Trainer(fresh(make), data, loss=loss, batch_size=batch, run=f"{home}/{name}-{mode}", board="widget", callbacks=[Clock()],
-                              compile="step" if mode == "compiled" else False) for mode in modes}
+    trainers = {mode: Trainer(fresh(make), data, loss=loss, batch_size=batch, run=f"{home}/{name}-{mode}", board="widget",
+                              callbacks=[Clock()], compile="step" if mode == "compiled" else False) for mode in modes}
     for trainer in trainers.values(): fit(trainer, 1)
-    runs = {"tight": lambda: tight(fresh(make), data, batch, by_hand, epochs), "usual": lambda: usual(fresh(make), data, batch, by_hand, epochs)}
+    runs = {"tight": lambda: tight(fresh(make), data, batch, by_hand, epochs),
+            "usual": lambda: usual(fresh(make), data, batch, by_hand, epochs)}
     found, ends = {key: [] for key in (*runs, *trainers)}, []
     for k in range(pairs):
         for key in random.Random(k).sample(sorted(found), len(found)):
@@ -137,8 +141,7 @@ def measure(setting, pairs, home, modes):
             took, whole = fit(trainers[key], epochs)
             found[key].append(took); ends.append(whole - took)
     ratio = lambda a, b: interval([x / y for x, y in zip(found[a], found[b])])
-    rows = [{"name": {"ours": "arc_nb", "compiled": "arc_nb, compile=\"step\"", "tight": "tight loop by hand", "usual": "usual DataLoader loop"}[key],
-             "us_a_step": round(1e6 * statistics.median(found[key]) / steps, 1), "of_tight": ratio(key, "tight"),
+    rows = [{"name": NAMES[key], "us_a_step": round(1e6 * statistics.median(found[key]) / steps, 1), "of_tight": ratio(key, "tight"),
              "of_usual": ratio(key, "usual")[0], "usual_over": ratio("usual", key)} for key in found]
     for row in rows[2:]: row["once_a_fit_seconds"] = round(statistics.median(ends), 3)
     if "compiled" in trainers: rows[-1]["compile_seconds"] = round(trainers["compiled"].setup.step.compile_seconds, 1)
@@ -162,7 +165,8 @@ def train_metric(pairs, home):
     g = torch.Generator().manual_seed(0)
     X, y = torch.randn(8192, 20, generator=g), torch.randint(0, 2, (8192,), generator=g)
     make = lambda: nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 2))
-    with_, without = [Trainer(fresh(make), (X, y), loss="cross_entropy", run=f"{home}/metric{bool(m)}", board=False, train_metrics=m) for m in (["accuracy"], ())]
+    with_, without = [Trainer(fresh(make), (X, y), loss="cross_entropy", run=f"{home}/metric{bool(names)}", board=False,
+                              train_metrics=names) for names in (["accuracy"], ())]
     for trainer in (with_, without): cpu(lambda t=trainer: t.fit(epochs=1))
     return interval([cpu(lambda: with_.fit(epochs=1)) / cpu(lambda: without.fit(epochs=1)) for _ in range(pairs)])
 
@@ -175,7 +179,7 @@ def main():
     pairs = numbers[0] if numbers else 2 if smoke else 30
     warnings.simplefilter("ignore")
     out = {"machine": platform.platform(), "python": platform.python_version(), "torch": torch.__version__, "threads": 1, "pairs": pairs,
-           "measure": "CPU seconds from the first step to the last, interleaved; history, gradient norm, a checkpoint an epoch and the live board on; "
+           "measure": "CPU seconds from the first step to the last, interleaved; history, gradient norm, checkpoints and live board on; "
                       "medians with 95 % intervals; once_a_fit_seconds: set-up and the still picture at the end"}
     with tempfile.TemporaryDirectory() as home:
         for setting in settings(smoke):
@@ -187,7 +191,8 @@ def main():
     print("loss difference, compiled:", out.get("largest_loss_difference_100_steps"), " train metric:", out["train_metric_cost"])
     for name, (key, goal) in GOALS.items():
         ours = next(row for row in out[name] if row["name"] == "arc_nb")
-        print(f"{name}: {ours[key][0]} (interval {ours[key][1]}-{ours[key][2]}), goal at most {goal}: {'met' if ours[key][0] <= goal else 'MISSED'}")
+        median, low, high = ours[key]
+        print(f"{name}: {median} (interval {low} to {high}), goal at most {goal}: {'met' if median <= goal else 'MISSED'}")
     if smoke: return
     path = Path(__file__).parent / "results" / "speed.json"
     path.write_text(json.dumps(out, indent=1) + "\n")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .checkpoint import restore, snapshot, write
 from .events import Callback
 from .history import History
-from .loop import Every
+from .goal import Every
 
 # %% ../../nbs/engine/13_callbacks.ipynb #78bed6e8
 SMALLER = ("loss", "mae", "mse", "rmse", "mape", "smape", "perplexity", "error", "nll", "seconds")
@@ -187,7 +187,7 @@ class Checkpoints(Callback):
     def __init__(
         self,
         folder: str | Path,  # of the run
-        every: int | str | None = "1 epoch",  # when last.pt is written: steps, "1 epoch" (at most once a second), "10 min"; None: at the end
+        every: int | str | None = "1 epoch",  # of last.pt: steps, "1 epoch" (at most once a second), "10 min"; None: only at the end
         monitor: str = "valid_loss",
         mode: str = "auto",
     ):

@@ -6,7 +6,7 @@ Docs: https://arc-nb.github.io/arc_nb/engine/history.html.md"""
 
 # %% auto #0
 __all__ = ['ALIVE', 'Series', 'to_line', 'from_line', 'new_lines', 'Columns', 'long_frame', 'epoch_frame', 'History', 'Pending',
-           'Status']
+           'Recorder', 'Status']
 
 # %% ../../nbs/engine/01_history.ipynb #7cd990b9
 import json
@@ -246,6 +246,43 @@ class Pending:
         host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True).copy_(stacked, non_blocking=True)
         event = torch.cuda.Event(); event.record()
         return event, steps, rows, host
+
+# %% ../../nbs/engine/01_history.ipynb #ee6570c9
+class Recorder:
+    """Turns what steps leave behind into rows of the history."""
+    def __init__(self, history: History, log_every: int = 1):
+        self.history, self.log_every, self.pending = history, log_every, Pending()
+        self.lrs: list[tuple[int, float]] = []
+        self.extras: dict[str, list[tuple[int, Any]]] = {}
+        self.total = self.rows = 0.0  # loss times rows, and rows, of this epoch
+
+    def add(self, step: int, outcome: Any, extras: dict[str, Any]) -> None:
+        """Leaves one step's values, without waiting for the device."""
+        values = (outcome.loss, outcome.norm)
+        self.pending.add(step, outcome.rows, values if isinstance(outcome.loss, float) else torch.stack(values))
+        for name, value in extras.items(): self.extras.setdefault(name, []).append((step, value))
+
+    def settle(self, epoch: int, wait: bool = False) -> int:
+        """Moves what has arrived into the history; returns the rows of data it stands for."""
+        seen = 0
+        for steps, rows, values in self.pending.take(wait):
+            self.total += float(values[:, 0] @ rows); self.rows += sum(rows); seen += sum(rows)
+            kept = [k for k, s in enumerate(steps) if s % self.log_every == 0]
+            columns = {"loss": values[kept, 0].tolist(), "grad_norm": values[kept, 1].tolist()}
+            self.history.extend(epoch, "train", [steps[k] for k in kept], columns)
+        self._extend(epoch, "lr", self.lrs)
+        for name, pairs in self.extras.items(): self._extend(epoch, name, [(s, float(v)) for s, v in pairs if s % self.log_every == 0])
+        self.lrs, self.extras = [], {}
+        return seen
+
+    def _extend(self, epoch: int, name: str, pairs: list[tuple[int, float]]) -> None:
+        self.history.extend(epoch, "train", [s for s, _ in pairs], {name: [v for _, v in pairs]})
+
+    def epoch_mean(self) -> float | None:
+        """The mean training loss over the epoch's rows; begins anew."""
+        mean = self.total / self.rows if self.rows else None
+        self.total = self.rows = 0.0
+        return mean
 
 # %% ../../nbs/engine/01_history.ipynb #a74c9879
 ALIVE = ("starting", "training", "validating", "paused")
