@@ -109,7 +109,7 @@ def check_numbers(
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name}={value!r} has to be a whole number, at least {least}")
     for name, limit in (("clip_norm", clip_norm), ("clip_value", clip_value), ("lr", lr)):
-        if limit is not None and not (isinstance(limit, (int, float)) and 0 < limit < float("inf")):
+        if (limit is not None or name == "lr") and not (isinstance(limit, (int, float)) and 0 < limit < float("inf")):
             raise ValueError(f"{name}={limit!r} has to be a positive number")
 
 def check_choices(
@@ -194,11 +194,16 @@ def make_objective(
 
 def check_schedule(
     spec: Any,
+    optimizer: torch.optim.Optimizer,
     lr: float,
+    valid: bool,  # whether there will be a validation loss
 ) -> None:
-    """ValueError for a schedule that does not exist, before anything is trained."""
-    if spec is None or isinstance(spec, (torch.optim.lr_scheduler.LRScheduler,)): return
-    make_schedule(spec, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr), steps=1000, steps_per_epoch=100)
+    """ValueError for a schedule that does not exist, or lacks what it watches, before anything is trained."""
+    built = isinstance(spec, torch.optim.lr_scheduler.LRScheduler)
+    standin = optimizer if built else torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
+    schedule = make_schedule(spec, standin, steps=1000, steps_per_epoch=100)
+    if schedule and schedule.needs_value and not valid:
+        raise ValueError(f"schedule={spec!r} watches the validation loss, but there is none: give the Trainer valid=...")
 
 # %% ../nbs/40_trainer.ipynb #58d5736e
 class Setup:
@@ -221,7 +226,7 @@ class Setup:
         self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
         if given["l1"] or given["l2"]: self.compute.penalty = penalty(model, given["l1"], given["l2"])
         self.step = self._step()
-        check_schedule(given["schedule"], given["lr"])
+        check_schedule(given["schedule"], self.optimizer, given["lr"], self.valid is not None)
         if given["compile"] is True: self.compute.model = torch.compile(model)  # type: ignore[assignment]
 
     def _step(self) -> Step:
