@@ -250,8 +250,14 @@ class Pending:
 # %% ../../nbs/engine/01_history.ipynb #ee6570c9
 class Recorder:
     """Turns what steps leave behind into rows of the history."""
-    def __init__(self, history: History, log_every: int = 1):
-        self.history, self.log_every, self.pending = history, log_every, Pending()
+    def __init__(
+        self,
+        history: History,
+        log_every: int = 1,  # steps between two rows of the history
+        overflow: bool = False,  # whether a gradient may overflow, as under a loss scale
+    ):
+        self.history, self.log_every, self.overflow, self.pending = history, log_every, overflow, Pending()
+        self.bad_step: int | None = None  # the first whose loss or gradient was not finite
         self.lrs: list[tuple[int, float]] = []
         self.extras: dict[str, list[tuple[int, Any]]] = {}
         self.total = self.rows = 0.0  # loss times rows, and rows, of this epoch
@@ -267,6 +273,8 @@ class Recorder:
         seen = 0
         for steps, rows, values in self.pending.take(wait):
             self.total += float(values[:, 0] @ rows); self.rows += sum(rows); seen += sum(rows)
+            bad = ~np.isfinite(values[:, 0] if self.overflow else values.sum(1))
+            if self.bad_step is None and bad.any(): self.bad_step = steps[int(bad.argmax())]
             kept = [k for k, s in enumerate(steps) if s % self.log_every == 0]
             columns = {"loss": values[kept, 0].tolist(), "grad_norm": values[kept, 1].tolist()}
             self.history.extend(epoch, "train", [steps[k] for k in kept], columns)

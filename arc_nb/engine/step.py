@@ -182,9 +182,10 @@ class Step:
     def _update_on_device(self, loss: Tensor, norm: Tensor, rows: int) -> Outcome:
         if self.precision.scaler is None:
             bad = ~torch.isfinite(norm)
+            if not self.flags and bool(bad): return Outcome(loss, norm, rows, False)
             if self.flags: self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
-            elif bool(bad): return Outcome(loss, norm, rows, False)
         self.precision.step(self.optimizer)
+        if self.flags and self.precision.scaler is None: del self.optimizer.found_inf  # type: ignore[attr-defined]
         return Outcome(loss, norm, rows, True)
 
 # %% ../../nbs/engine/10_step.ipynb #72058d46
