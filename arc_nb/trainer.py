@@ -39,7 +39,7 @@ from .engine.precision import Precision, pick_device
 from .engine.probe import probe, summary
 from .engine.rates import schedule as make_schedule
 from .engine.rates import set_lr
-from .engine.step import Computation, Step, evaluate, evaluating
+from .engine.step import Computation, Step, evaluate, evaluating, make_step
 from .settings import settings
 
 # %% ../nbs/40_trainer.ipynb #c00a44a2
@@ -232,7 +232,7 @@ class Setup:
     def _step(self) -> Step:
         """The step, or the one that is compiled as a whole."""
         given = self.given
-        if given["compile"] != "step": return Step(self.compute, self.optimizer, given["clip_norm"], given["clip_value"])
+        if given["compile"] != "step": return make_step(self.compute, self.optimizer, given["clip_norm"], given["clip_value"])
         if given["accumulate"] > 1: raise ValueError('compile="step" takes one batch a step: leave accumulate at 1')
         if self.train_metrics: raise ValueError('compile="step" keeps outputs inside the graph: measure with metrics=, on validation data')
         from arc_nb.engine.compiled import CompiledStep

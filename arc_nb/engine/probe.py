@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Batch
+from .guard import finite
 from .step import Computation, evaluating
 
 # %% ../../nbs/engine/14_probe.ipynb #0ac748c3
@@ -33,6 +34,7 @@ def probe(
     batch: Batch,  # a few rows
 ) -> Any:
     """The model's output; ValueError or TypeError where model or loss do not fit the data. Leaves no trace."""
+    if not finite(batch.inputs): raise ValueError("the inputs of the first batch have missing or infinite values: fill or drop them first")
     output = call(compute.model, batch)
     if compute.objective: compute.objective.check(output, batch.target, batch.weight)
     return output

@@ -163,6 +163,7 @@ def set_lr(group: dict[str, Any], lr: float) -> None:
 class Schedule(ABC):
     "Sets the learning rates of an optimizer as steps and epochs go by"
     needs_horizon = False # whether a run without a known end is refused
+    needs_value = False # whether a run without validation is refused
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer, self.scale = optimizer, 1.0
@@ -178,15 +179,17 @@ class Schedule(ABC):
     @abstractmethod
     def apply(self) -> None: "Write the rates as they stand"
 
-    def rescale(self, lr: float, step: int) -> None: # `step` as for `step`
+    def rescale(self, lr: float, step: int | None = None) -> None: # `step` as for `step`; None: the one it stands at
         "Make the first group's rate `lr` from this step on, and scale the rest of the curve with it"
-        self.step(step)
+        if step is not None: self.step(step)
         if not self.lr > 0: raise ValueError(f"the schedule has brought the rate to {self.lr:g}, which cannot be scaled to {lr:g}")
         self.scale *= lr / self.lr
         self.apply()
 
     def state_dict(self) -> dict[str, Any]: # plain types
-        return {key: value for key, value in vars(self).items() if key not in ("optimizer", "form", "scheduler", "per", "needs_horizon")}
+        
+        apart = ("optimizer", "form", "scheduler", "per", "needs_horizon", "needs_value")
+        return {key: value for key, value in vars(self).items() if key not in apart}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -218,6 +221,8 @@ NO_VALUE = 'the schedule "{}" watches the validation loss, but there is none: gi
 
 class Plateau(Schedule):
     "times `factor` when the validation loss stays away from a new best for more than `patience` epochs"
+    needs_value = True
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -258,6 +263,7 @@ class TorchSchedule(Schedule):
         always = isinstance(scheduler, (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR))
         self.scheduler, self.per, self.done = scheduler, per or ("step" if always else "epoch"), 0
         if self.per not in ("step", "epoch"): raise ValueError(f'a schedule counts per="step" or "epoch", not {per!r}')
+        self.needs_value = isinstance(scheduler, ReduceLROnPlateau)
 
     def step(self, step: int) -> None:
         while self.per == "step" and self.done < step: self.advance()
