@@ -28,7 +28,7 @@ function tick(value, all) {
 }
 
 function ticks(lo, hi, most) {
-  const raw = (hi - lo) / Math.max(1, most - 1);
+  const raw = (hi - lo) / most;
   if (!(raw > 0)) return [lo];
   const base = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 5, 10, 20].map((m) => m * base).find((s) => s >= raw * (1 - 1e-9));
@@ -102,17 +102,20 @@ function nearest(x, value) {  // index of the nearest in an ascending array
 class Chart {
   constructor(box, tip) {
     Object.assign(this, { box, tip, zoom: null, hidden: new Set(), log: true, view: EMPTY, plot: null, key: "" });
-    this.resize = new ResizeObserver(() => this.plot && this.plot.setSize(this.size()));
+    this.resize = new ResizeObserver(() => this.fit());
     this.resize.observe(box);
   }
-  size() { return { width: Math.max(200, this.box.clientWidth), height: 258 }; }
+  fit() {  // a hidden page has no width: keep the last
+    if (this.plot && this.box.clientWidth && this.plot.width !== this.size().width) this.plot.setSize(this.size());
+  }
+  size() { return { width: Math.max(200, this.box.clientWidth), height: 250 }; }
   color(role) { return getComputedStyle(this.box).getPropertyValue(`--${role === "raw" ? "train" : role}`).trim(); }
   shown(line) { return !this.hidden.has(line.role === "raw" ? "train" : line.name); }
 
   options(lines) {
     const log = this.log, faint = () => this.color("faint"), rule = () => this.color("line");
     const series = lines.map((line) => ({
-      label: line.name, show: this.shown(line), stroke: () => this.color(line.role), alpha: line.role === "raw" ? 0.3 : 1,
+      label: line.name, pxAlign: 0, show: this.shown(line), stroke: () => this.color(line.role), alpha: line.role === "raw" ? 0.3 : 1,
       width: line.role === "raw" ? 1 : line.role === "ghost" ? 1.4 : 1.8,
       points: line.dots ? { show: line.n <= 80, size: 7, width: 1.8, fill: () => this.color("bg"), stroke: () => this.color(line.role) } : { show: line.n === 1, size: 5 },
     }));
@@ -138,14 +141,17 @@ class Chart {
       },
       series: [{}, ...series],
       axes: [
-        { stroke: faint, font: FONT, size: 28, gap: 6, grid: { show: false }, ticks: { show: false }, splits: (u, i, lo, hi) => ticks(lo, hi, Math.max(2, Math.floor(u.width / 85))),
+        { stroke: faint, font: FONT, size: 28, gap: 6, grid: { show: false }, ticks: { show: false }, splits: (u, i, lo, hi) => ticks(lo, hi, Math.max(2, Math.floor(u.width / 80))),
           values: (u, at) => at.map((v) => tick(v, at)) },
-        { stroke: faint, font: FONT, size: 46, gap: 8, grid: { stroke: rule, width: 1 }, ticks: { show: false }, splits: (u, i, lo, hi) => (log ? logTicks : ticks)(lo, hi, 6),
+        { stroke: faint, font: FONT, size: 46, gap: 8, grid: { stroke: rule, width: 1 }, ticks: { show: false }, splits: (u, i, lo, hi) => (log ? logTicks : ticks)(lo, hi, 5), filter: (u, at) => at,
           values: (u, at) => at.map((v) => tick(v, at)) },
       ],
       hooks: {
         setSelect: [(u) => {
-          if (u.select.width > 4) { this.zoom = [u.posToVal(u.select.left, "x"), u.posToVal(u.select.left + u.select.width, "x")]; u.setSelect({ left: 0, width: 0 }, false); this.draw(); }
+          if (u.select.width <= 4) return;
+          const [lo, hi] = [u.posToVal(u.select.left, "x"), u.posToVal(u.select.left + u.select.width, "x")];
+          u.setSelect({ left: 0, width: 0 }, false);
+          if (this.lines().some((line) => this.shown(line) && line.x.filter((at) => at >= lo && at <= hi).length > 1)) { this.zoom = [lo, hi]; this.draw(); }
         }],
         setCursor: [(u) => this.readout(u)],
         drawAxes: [(u) => this.marks(u)],
@@ -173,7 +179,7 @@ class Chart {
     }
     ctx.setLineDash([]);
     Object.assign(ctx, { textBaseline: "alphabetic", font: FONT.replace("11px", `${11 * px}px`) });
-    ctx.fillText("step", bbox.left - 8 * px, bbox.top + bbox.height + 17 * px);
+    ctx.fillText("step", bbox.left - 8 * px, bbox.top + bbox.height + 14.5 * px);
     Object.assign(ctx, { fillStyle: this.color("bad"), textAlign: "center", font: FONT.replace("11px", `bold ${13 * px}px`) });
     for (const at of this.view.bad) if (at >= lo && at <= hi) ctx.fillText("×", u.valToPos(at, "x", true), bbox.top + bbox.height - 2 * px);
     ctx.restore();
@@ -196,6 +202,7 @@ class Chart {
     const x = u.posToVal(left, "x"), lines = this.lines().filter((line) => line.n && this.shown(line));
     if (!lines.length) { this.tip.hidden = true; return; }
     const lead = lines.find((line) => line.role === "raw") || lines[0];
+    if (x > lead.x[lead.n - 1] + 0.04 * (u.scales.x.max - u.scales.x.min) && !this.view.past.length) { this.tip.hidden = true; return; }
     const step = Math.round(lead.x[nearest(lead.x, x)]);
     const epoch = this.view.epochs.filter(([at]) => at < step).length + 1;
     const at = make("div", "at", null, `step ${step.toLocaleString("en-US")} · epoch ${epoch}`);
@@ -213,7 +220,7 @@ class Chart {
     this.tip.style.left = `${left > u.over.offsetWidth / 2 ? over + left - wide - 12 : over + left + 12}px`;
   }
 
-  lines() { return [...this.view.past, ...this.view.lines]; }
+  lines() { return [...this.view.past, ...this.view.lines]; }  // earlier runs lie behind
 
   draw(view = this.view) {
     this.view = view;
@@ -228,7 +235,7 @@ class Chart {
       this.log = log; this.key = key;
       this.plot = new uPlot(this.options(lines), data, this.box);
       this.log = wish;
-    } else this.plot.setData(data);
+    } else { this.plot.setData(data); this.fit(); }
   }
   toggle(name) {
     if (this.hidden.has(name)) this.hidden.delete(name); else this.hidden.add(name);
@@ -317,13 +324,18 @@ function render({ model, el }) {
   chart.log = model.get("log");
   log.onclick = () => { chart.log = !chart.log; model.set("log", chart.log); model.save_changes(); update(); };
 
-  const theme = () => { root.dataset.theme = ["light", "dark"].includes(view.theme) ? view.theme : pageIsDark() ? "dark" : "light"; if (chart.plot) chart.plot.redraw(false, true); };
+  const theme = () => {
+    const wish = ["light", "dark"].includes(view.theme) ? view.theme : pageIsDark() ? "dark" : "light";
+    if (root.dataset.theme === wish) return;
+    root.dataset.theme = wish;
+    if (chart.plot) { chart.key = ""; chart.draw(); }
+  };
   const watcher = new MutationObserver(theme), system = matchMedia("(prefers-color-scheme: dark)");
   watcher.observe(document.body, { attributes: true }); watcher.observe(document.documentElement, { attributes: true, attributeFilter: ["theme"] });
   system.addEventListener("change", theme);
 
   function names() {  // a button a line; the raw one goes with its smoothed line
-    const list = chart.lines().filter((line) => line.role !== "raw"), key = JSON.stringify([list.map((line) => [line.name, line.role]), [...chart.hidden]]);
+    const list = [...view.lines, ...view.past].filter((line) => line.role !== "raw"), key = JSON.stringify([list.map((line) => [line.name, line.role]), [...chart.hidden]]);
     if (legend.dataset.key === key) return;
     legend.dataset.key = key;
     legend.replaceChildren(...list.map((line) => {

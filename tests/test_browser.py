@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -24,6 +25,7 @@ BUNDLE = ROOT / "arc_nb" / "static" / "board.js"
 WAIT = 60_000  # milliseconds for anything that has to come
 PANEL = "window.jupyterapp.shell.currentWidget"
 BOARD = ".arc-board"
+PICTURE = ".jp-RenderedSVG img, .jp-RenderedSVG svg"
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 
 pytestmark = [pytest.mark.browser,
@@ -54,6 +56,7 @@ t.controls.stop = stop
 t.fit(epochs=400)
 ended = time.time()"""
 RESULT = "print('RESULT', t.status.state, t.status.step, t.lr, len(steps.at) - asked[0][1], round(ended - asked[0][0], 3))"
+LATER = "a = trainer('later')\nawait a.fit_async(epochs=2)\nassert a.status.state == 'completed'"
 SHORT = "s = trainer('short')\ns.fit(epochs=2);"
 
 
@@ -65,15 +68,16 @@ def jupyter(root: Path):
         port = s.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="jupyter-") as folder:
         home = Path(folder)
-        dirs = {"JUPYTER_CONFIG_DIR": "c", "JUPYTER_RUNTIME_DIR": "r", "IPYTHONDIR": "i", "JUPYTERLAB_SETTINGS_DIR": "s",
-                "JUPYTERLAB_WORKSPACES_DIR": "w"}
+        dirs = {"JUPYTER_CONFIG_DIR": "c", "JUPYTER_RUNTIME_DIR": "r", "IPYTHONDIR": "i",
+                "JUPYTERLAB_SETTINGS_DIR": "s", "JUPYTERLAB_WORKSPACES_DIR": "w"}
         env = {k: v for k, v in os.environ.items() if not k.startswith(("VSCODE", "COLAB"))}
         env |= {k: str(home / v) for k, v in dirs.items()} | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         news = home / "s/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
         news.parent.mkdir(parents=True)
         news.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
-        command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
-                   "--IdentityProvider.token=t", f"--ServerApp.root_dir={root}", "--LabApp.expose_app_in_browser=True"]
+        command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
+                   "--ServerApp.port_retries=0", "--IdentityProvider.token=t", f"--ServerApp.root_dir={root}",
+                   "--LabApp.expose_app_in_browser=True"]
         with (home / "log").open("w") as log:
             server = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -86,6 +90,9 @@ def jupyter(root: Path):
             except subprocess.TimeoutExpired: os.killpg(server.pid, signal.SIGKILL); server.wait(15)
 
 
+server_busy = threading.Event()  # never set: a pause between two tries
+
+
 def answer(url, server, log, seconds=60):
     "Waits until the server answers."
     end = time.monotonic() + seconds
@@ -93,13 +100,7 @@ def answer(url, server, log, seconds=60):
         try: return urllib.request.urlopen(url, timeout=2).read()
         except OSError:
             assert server.poll() is None and time.monotonic() < end, log.read_text()[-2000:]
-            select_wait(.2)
-
-
-def select_wait(seconds):
-    "A pause between two tries."
-    import threading
-    threading.Event().wait(seconds)
+            server_busy.wait(.2)
 
 
 @pytest.fixture(scope="module")
@@ -127,13 +128,15 @@ def browser():
 
 class Page:
     "A notebook in the browser."
-    def __init__(self, browser, base, width=1240, height=820):
-        self.page, self.base = browser.new_page(viewport={"width": width, "height": height}), base
+    def __init__(self, browser, base, width=1240, height=820, scale=1):
+        self.page, self.base = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=scale), base
+        self.errors: list[str] = []                                       # of JavaScript
+        self.page.on("pageerror", lambda error: self.errors.append(f"{error} {(error.stack or '')[:500]}"))
 
     def open(self, name):
         self.page.goto(f"{self.base}/lab/tree/{name}?token=t&reset")
-        self.page.wait_for_function("() => { const p = window.jupyterapp?.shell?.currentWidget, k = p?.sessionContext?.session?.kernel;"
-                                    " return p?.context?.isReady && k?.connectionStatus === 'connected' && k.status === 'idle' }", timeout=WAIT)
+        self.until("() => { const p = window.jupyterapp?.shell?.currentWidget, k = p?.sessionContext?.session?.kernel;"
+                   " return p?.context?.isReady && k?.connectionStatus === 'connected' && k.status === 'idle' }")
         if self.page.evaluate("() => !window.jupyterapp.shell.leftCollapsed"): self.command("application:toggle-left-area")
 
     def command(self, name):  # not awaited: run-all ends with the run
@@ -147,7 +150,9 @@ class Page:
 
     def state(self, name): self.until(f"(s) => document.querySelector('{BOARD}')?.dataset.state === s", name)
 
-    def done(self, cell): self.until(f"(i) => {{ const c = {PANEL}.content.widgets[i].model; return c.executionCount !== null && c.executionState !== 'running' }}", cell)
+    def done(self, cell):
+        self.until(f"(i) => {{ const c = {PANEL}.content.widgets[i].model;"
+                   " return c.executionCount !== null && c.executionState !== 'running' }", cell)
 
     def save(self): self.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save').then(() => 1)")
 
@@ -203,7 +208,8 @@ def test_a_run_is_watched_steered_and_kept(lab, browser, out):
     p.until(f"() => document.querySelector('{BOARD} .log').getAttribute('aria-pressed') === 'false'"); p.shot(out / "linear.png")
     p.page.click(f"{BOARD} .log"); p.page.locator(f"{BOARD} .legend button", has_text="valid").click()
     box = p.page.locator(f"{BOARD} .u-over").bounding_box()
-    p.page.mouse.move(box["x"] + 10, box["y"] + 80); p.page.mouse.down(); p.page.mouse.move(box["x"] + 60, box["y"] + 90, steps=4); p.page.mouse.up()
+    p.page.mouse.move(box["x"] + 10, box["y"] + 80); p.page.mouse.down()
+    p.page.mouse.move(box["x"] + 60, box["y"] + 90, steps=4); p.page.mouse.up()
     p.shot(out / "zoom.png"); p.page.mouse.dblclick(box["x"] + 60, box["y"] + 90)
     p.page.locator(f"{BOARD} .legend button", has_text="valid").click()
 
@@ -213,9 +219,10 @@ def test_a_run_is_watched_steered_and_kept(lab, browser, out):
     p.page.wait_for_selector("text=RESULT", timeout=WAIT)
     text = p.page.locator(".jp-CodeCell").nth(2).locator(".jp-Cell-outputArea").inner_text()
     state, step, lr, after, ended = re.search(r"RESULT (\w+) (\d+) (\S+) (\d+) (\S+)", text).groups()
-    print(f"\nStop by a click in a busy cell: {after} step(s) after the request, the fit returned {ended} s after it; {took:.2f} s seen from the browser")
+    print(f"\nStop by a click in a busy cell: {after} step(s) after the request, the fit returned {ended} s after it, "
+          f"picture drawn; {took:.2f} s seen from the browser")
     assert state == "stopped" and int(step) < 400 * 128 and float(lr) == pytest.approx(2.5e-3) and int(after) <= 2
-    p.page.wait_for_selector(".jp-RenderedSVG img, .jp-RenderedSVG svg", timeout=WAIT)
+    p.page.wait_for_selector(PICTURE, timeout=WAIT)
     p.shot(out / "end.png", whole=True)
     p.theme("JupyterLab Light")
     p.save()
@@ -225,10 +232,10 @@ def test_a_run_is_watched_steered_and_kept(lab, browser, out):
     for session in json.loads(urllib.request.urlopen(f"{base}/api/sessions?token=t").read()):     # a fresh kernel knows no widget
         urllib.request.urlopen(urllib.request.Request(f"{base}/api/sessions/{session['id']}?token=t", method="DELETE"))
     p.open("live.ipynb")
-    p.page.wait_for_selector(".jp-RenderedSVG img, .jp-RenderedSVG svg", timeout=WAIT)
+    p.page.wait_for_selector(PICTURE, timeout=WAIT)
     p.page.locator(".jp-RenderedSVG").first.scroll_into_view_if_needed()
     p.shot(out / "reopened.png", whole=True)
-    assert p.page.locator(BOARD).count() == 0
+    assert p.page.locator(BOARD).count() == 0 and not p.errors, p.errors
     p.page.close()
 
 
@@ -244,17 +251,19 @@ def test_narrow(lab, browser, out):
     p.shot(out / "narrow.png")
     assert inside[0] <= inside[1]
     p.command("notebook:interrupt-kernel"); p.done(1)                      # the kernel's own interrupt ends it as well
-    p.page.wait_for_selector(".jp-RenderedSVG img, .jp-RenderedSVG svg", timeout=WAIT)
+    p.page.wait_for_selector(PICTURE, timeout=WAIT)
     p.page.close()
 
 
 def test_without_a_front_end(tmp_path, browser, out):
-    notebook(tmp_path, "plain.ipynb", [SET_UP, SHORT])
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("VSCODE", "COLAB"))} | {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path / "i")}
+    notebook(tmp_path, "plain.ipynb", [SET_UP, SHORT, LATER])
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("VSCODE", "COLAB"))}
+    env |= {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path / "i")}
     subprocess.run([sys.executable, "-m", "jupyter", "nbconvert", "--execute", "--to", "html", "--output", "plain", "plain.ipynb"],
                    cwd=tmp_path, env=env, check=True, capture_output=True, timeout=180)
     page = browser.new_page(viewport={"width": 1100, "height": 1200})
     page.goto(f"file://{tmp_path}/plain.html", wait_until="domcontentloaded")
+    assert page.locator(".jp-RenderedSVG").count() == 2
     size = page.locator(".jp-RenderedSVG").first.bounding_box()
     page.screenshot(path=out / "nbconvert.png")
     page.close()

@@ -100,9 +100,9 @@ class Smoother:
     "A debiased exponential average that can be fed in pieces."
 
     def __init__(self,
-                 keep: float = 0.95,  # share of the old average kept at each step, from 0 to below 1
+                 keep: float = 0.9,  # share of the old average kept at each step, from 0 to below 1
                  ):
-        if not 0 <= keep < 1: raise ValueError(f"keep={keep!r} is a share of the old average: from 0 to below 1, say 0.95.")
+        if not 0 <= keep < 1: raise ValueError(f"keep={keep!r} is a share of the old average: from 0 to below 1, say 0.9.")
         self.keep, self.sum, self.weight = keep, 0., 0.
 
     def __call__(self,
@@ -123,7 +123,7 @@ class Thinned:
 
     def __init__(self,
                  limit: int = 1024,   # the most bins; an even number
-                 keep: float = 0.95,  # for the smoothed line, see `Smoother`
+                 keep: float = 0.9,   # for the smoothed line, see `Smoother`
                  ):
         if limit < 2 or limit % 2: raise ValueError(f"limit={limit!r} bins: neighbours are joined, so it takes an even number, say 1024.")
         self.limit, self.width, self.count = limit, 1, 0

@@ -40,8 +40,8 @@ class BoardView:
 
     @property
     def span(self) -> tuple[float, float]:
-        "The horizontal range: all that is planned and all that has been drawn."
-        ends = [float(np.max(np.asarray(l.x))) for l in self.lines if len(l.x)]
+        "The horizontal range: to `steps` or as far as the run has come; without `steps`, to the end of the longest line."
+        ends = [float(np.max(np.asarray(l.x))) for l in self.lines if len(l.x) and (l.role != "ghost" or self.steps is None)]
         return 0., max([self.steps or 1., *ends, 1.])
 
 def stressed(text: str) -> list[tuple[str, bool]]:

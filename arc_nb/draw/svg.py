@@ -103,10 +103,10 @@ def duration(seconds: float) -> str:
 # %% ../../nbs/draw/21_svg.ipynb #c3be43a4
 def ticks(lo: float,     # lower end, finite
           hi: float,     # upper end, above `lo`
-          most: int = 6,  # at most so many
+          most: int = 6,  # about so many, and at most one more
           ) -> np.ndarray:
     "Round numbers between `lo` and `hi`."
-    raw = (hi - lo) / max(1, most - 1)
+    raw = (hi - lo) / most
     base = 10.0 ** math.floor(math.log10(raw))
     step = next(base * m for m in (1, 2, 5, 10, 20) if base * m >= raw * (1 - 1e-9))
     return np.arange(math.ceil(lo / step - 1e-9), math.floor(hi / step + 1e-9) + 1) * step
@@ -187,6 +187,7 @@ def draw(line: Line,  # what
          ) -> str:
     "Markup of one line: broken where it has no value, a dot where a single value stands alone."
     px, py = x(np.asarray(line.x)), y(np.asarray(line.y))
+    px = np.where((px < min(x.start, x.end) - 1) | (px > max(x.start, x.end) + 1), np.nan, px)
     ringed = [p for p in zip(px.tolist(), py.tolist()) if np.isfinite(sum(p))] if line.dots and len(px) <= 60 else []
     rings = [tag("circle", cx=a, cy=b, r=3.2, fill="@bg", stroke=_ink(line), stroke_width=1.8) for a, b in ringed]
     sx, sy = squeeze(px, py)
@@ -248,7 +249,7 @@ def grid(x: Axis,         # the horizontal axis
          x_label: str = "",  # unit of x, left of its numbers
          ) -> str:
     "Grid lines with their numbers."
-    at_y, at_x = y.ticks(6), x.ticks(max(2, int(box.width // 85)))
+    at_y, at_x = y.ticks(5), x.ticks(max(2, int(box.width // 80)))
     rows = [tag("line", x1=box.left, x2=box.right, y1=float(p), y2=float(p), stroke="@line")
             + words(box.left - 8, p + 3.8, tick(v, at_y), anchor="end") for v, p in zip(at_y, y(at_y))]
     columns = [words(p, box.bottom + 18, tick(v, at_x), anchor="middle") for v, p in zip(at_x, x(at_x))]

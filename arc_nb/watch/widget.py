@@ -63,9 +63,10 @@ class Clicks:
 
     def __call__(self, widget: Any, content: Any, buffers: Any = None) -> None:
         "One message of the front end."
-        do: dict[str, Callable[[], None]] = {"stop": lambda: self.controls.stop("asked for on the board"), "pause": self.controls.pause,
-                                             "resume": self.controls.resume, "save": self.controls.save,
-                                             "lr": lambda: self.controls.set_lr(content.get("lr"))}
+        run = self.controls
+        do: dict[str, Callable[[], None]] = {
+            "stop": lambda: run.stop("Stop was pressed on the board"), "pause": run.pause, "resume": run.resume, "save": run.save,
+            "lr": lambda: run.set_lr(content.get("lr"))}
         wish = content.get("do") if isinstance(content, dict) else None
         if wish not in do: return
         self.complaint = ""
