@@ -187,7 +187,6 @@ class Schedule(ABC):
         self.apply()
 
     def state_dict(self) -> dict[str, Any]: # plain types
-        
         apart = ("optimizer", "form", "scheduler", "per", "needs_horizon", "needs_value")
         return {key: value for key, value in vars(self).items() if key not in apart}
 
