@@ -158,11 +158,13 @@ class Moving(Still):
         self.live: Live | None = None
         self.text = Text(self.kind) if self.kind in ("text", "bar") else None
 
-    def show(self) -> "Moving":
-        "Put the board on the page, once."
+    def show(self,
+             live: bool = False,  # the run is about to begin, whatever its status still says
+             ) -> "Moving":
+        "Put the board on the page, once; a run that is over needs no widget."
         if self.handle is not None or self.kind not in ("widget", "still"): return self
         from IPython.display import display
-        if self.kind == "widget":
+        if self.kind == "widget" and (live or self.source.status.alive):
             self.live = Live(self.source.controls, self.theme, self.look.log)
             self.live.update(self.view(), self.source.status)
         self.handle = display(self.live.bundle() if self.live else self.still(), raw=True, display_id=True)
@@ -183,7 +185,7 @@ class Moving(Still):
             self.look.curves.read()
             self.text.update(self.look)
         elif self.live: self.live.update(self.view(), self.source.status)
-        elif self.kind == "still" and self.handle is not None: self.handle.update(self.still(), raw=True)
+        elif self.handle is not None: self.handle.update(self.still(), raw=True)
         self.due = time.monotonic() + self.pause
 
 # %% ../../nbs/watch/32_board.ipynb #c2016fd3
@@ -245,7 +247,7 @@ class Watching(Callback):
             warnings.warn(f"the board of {self.board.source.name!r} cannot be drawn and stays as it is: {type(error).__name__}: {error}. "
                           "The run goes on; board=False leaves the board away.", RuntimeWarning, stacklevel=3)
 
-    def on_fit_start(self, trainer: Any) -> None: self._try(self.board.show)
+    def on_fit_start(self, trainer: Any) -> None: self._try(lambda: self.board.show(live=True))
     def on_tick(self, trainer: Any) -> None: self._try(self.board.refresh)
     def on_epoch_end(self, trainer: Any) -> None:
         if self.board.text: self._try(lambda: self.board.refresh(force=True))
