@@ -232,6 +232,8 @@ class Setup:
     def _step(self) -> Step:
         """The step, or the one that is compiled as a whole."""
         given = self.given
+        if isinstance(self.optimizer, torch.optim.LBFGS) and self.compute.precision.scaler:
+            raise ValueError("lbfgs computes the loss several times a step, which fp16's loss scaling cannot follow: use fp32 or bf16")
         if given["compile"] != "step": return make_step(self.compute, self.optimizer, given["clip_norm"], given["clip_value"])
         if given["accumulate"] > 1: raise ValueError('compile="step" takes one batch a step: leave accumulate at 1')
         if self.train_metrics: raise ValueError('compile="step" keeps outputs inside the graph: measure with metrics=, on validation data')
@@ -328,6 +330,8 @@ class Training(Run):
         log_every: int = 1,  # steps between two rows of the history
     ) -> History:
         """Trains, shows the board, returns the history; several fits make one. ValueError, before the start, for what cannot work."""
+        if self._thread: raise RuntimeError("this Trainer is training already: stop() it, or make another Trainer")
+        if not torch.is_grad_enabled(): raise RuntimeError("gradients are switched off here: call fit outside of torch.no_grad()")
         given, seed = self.setup.given, keyed_seed(self.setup.given["seed"], self.status.step)
         goal = make_goal(epochs, steps, max_time, limit_batches, log_every, given["valid_every"])
         if self.setup.train is None: raise ValueError("there are no training data: give the Trainer train=")

@@ -124,6 +124,7 @@ NAMES = {
     "weights below zero": (make(data=(X, Y, -torch.ones(60)), weighted=True), "at least 0"),
     "weights of another length": (make(data=(X, Y, torch.ones(50)), weighted=True), "length"),
     "everything frozen": (lambda: trainer(net().requires_grad_(False)), "frozen"),
+    "lbfgs with fp16": (make(optimizer="lbfgs", precision="fp16"), "lbfgs.*fp16"),
     "a model without parameters": (lambda: trainer(nn.Identity()), "no parameters|nothing to train"),
     "a foreign optimizer": (make(optimizer=torch.optim.SGD(net().parameters(), lr=1.0)), "model"),
     "a foreign schedule": (make(schedule=torch.optim.lr_scheduler.StepLR(torch.optim.SGD(net().parameters(), lr=1.0), 1)), "optimizer"),
@@ -267,6 +268,11 @@ def test_bad_data_for_evaluate_and_predict():
     {"batch_size": 8}, {"shuffle": False}, {"drop_last": True}, {"workers": 1}])
 def test_a_setting_without_effect_warns(settings):
     with pytest.warns(UserWarning, match=f"{next(iter(settings))} has no effect"): trainer(data=DataLoader(TensorDataset(X, Y)), **settings)
+
+
+@pytest.mark.xfail(strict=True, reason="03_batches: unpack has to name weighted=True when a part is missing")
+def test_data_without_the_weights_that_were_announced():
+    with pytest.raises(ValueError, match="weighted"): trainer(data=(X, Y, torch.ones(60)), weighted=True).evaluate((X, Y))
 
 
 def test_an_unknown_callback_value_says_what_there_is():

@@ -354,9 +354,26 @@ def test_a_killed_run_is_shown_as_lost(tmp_path):
 def test_early_stopping_restores_after_a_stop():
     kept = {}
     keep = On(on_epoch_end=lambda t: kept.update({t.epoch: weights(t.model)}))
-    t = trainer(valid=0.5, lr=0.5, callbacks=[EarlyStopping(patience=50), keep, On(on_step_end=lambda t: t.stop() if t.step == 19 else None)])
+    halt = On(on_step_end=lambda t: t.stop() if t.step == 19 else None)
+    t = trainer(valid=0.5, lr=0.5, callbacks=[EarlyStopping(patience=50), keep, halt])
     t.fit(epochs=50)
     assert torch.equal(weights(t.model), kept[t.history.best("valid", "loss")[2]])
+
+
+def test_a_trainer_that_trains_cannot_be_started_again():
+    t = trainer(callbacks=[On(on_step_end=slow)])
+    thread = in_background(t)
+    with pytest.raises(RuntimeError, match="training already"): t.fit(epochs=1)
+    t.stop(); thread.join(5)
+    assert t.status.state == "stopped"
+    again = trainer(callbacks=[On(on_epoch_end=lambda t: t.fit(epochs=1))])
+    with pytest.raises(RuntimeError, match="training already"): again.fit(epochs=2)
+
+
+def test_fit_where_gradients_are_off(tmp_path):
+    t = trainer(run=tmp_path / "r")
+    with torch.no_grad(), pytest.raises(RuntimeError, match="no_grad"): t.fit(epochs=1)
+    assert not files(tmp_path)
 
 
 def test_the_next_trainer_works_after_any_ending():
