@@ -124,7 +124,7 @@ def check_choices(
         more = ": make an object of it" if isinstance(model, type) else ""
         raise TypeError(f"model has to be a torch.nn.Module, and this is a {type(model).__name__}{more}")
     if strategy != "auto": raise ValueError(f"strategy={strategy!r}: this version trains in one process, strategy='auto'")
-    for tracker in [track] if isinstance(track, str) else track:
+    for tracker in track if isinstance(track, (tuple, list)) else [track]:
         if isinstance(tracker, str):
             raise ValueError(f"track={tracker!r}: this version knows no tracker by name; give a Callback that writes where you want")
     for name, value, choices in (("compile", compile, (False, True, "step")), ("board", board, ("auto", "widget", "still", "text", False))):
@@ -405,6 +405,8 @@ class Training(Run):
     def model(self) -> nn.Module: return self.setup.given["model"]
     @property
     def optimizer(self) -> torch.optim.Optimizer: return self.setup.optimizer
+    @property
+    def validates(self) -> bool: return self.setup.valid is not None
     @property
     def step(self) -> int: return self.status.step
     @property

@@ -160,7 +160,7 @@ def test_wrong_types_are_refused(case):
 
 def test_one_callback_needs_no_list():
     t = trainer(callbacks=EMA())
-    assert [type(c) for c in t.callbacks] == [EMA]
+    assert [type(c) for c in t.callbacks] == [EMA] == [type(c) for c in trainer(track=EMA()).callbacks]
 
 
 @pytest.mark.parametrize("settings, message", [

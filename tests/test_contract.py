@@ -416,6 +416,29 @@ def test_validation_every_few_steps():
     assert t.history.series("valid", "loss")[0].tolist() == [2, 4, 6]
 
 
+def test_early_stopping_waits_for_a_validation_that_comes_later():
+    t = trainer(valid=0.2, valid_every="2 epochs", callbacks=[EarlyStopping(patience=5)])
+    t.fit(epochs=4)
+    assert t.history.series("valid", "loss")[0].tolist() == [6, 12]
+
+
+@pytest.mark.xfail(strict=True, reason="12_loop: on_epoch is called in epochs without a validation: call it where there was one")
+def test_plateau_waits_for_a_validation_that_comes_later():
+    t = trainer(valid=0.2, valid_every="2 epochs", schedule=("plateau", {"patience": 0}), lr=1e-12)
+    t.fit(epochs=8)
+    assert t.history.series("valid", "loss")[0].tolist() == [6, 12, 18, 24]
+
+
+@pytest.mark.xfail(strict=True, reason="10_step: Computation._custom has to forget the extras of the call before")
+def test_what_a_step_returns_in_validation_is_not_a_training_value():
+    def step(model, batch):
+        loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+        return loss if model.training else {"loss": loss, "other": loss}
+    t = trainer(step=step, valid=0.2)
+    t.fit(epochs=2)
+    assert ("train", "other") not in t.history.names()
+
+
 def test_parameter_groups_have_their_own_rate():
     t = trainer(optimizer="sgd", groups={"0.*": {"lr": 1e-12}}, lr=0.1)
     before = [p.detach().clone() for p in t.model.parameters()]

@@ -73,7 +73,7 @@ class EarlyStopping(Callback):
         if self.monitor.startswith("valid"): self._check(trainer)
     def on_epoch_end(self, trainer: Any) -> None:
         if not self.monitor.startswith("valid"): self._check(trainer)
-        else: watched(trainer.history, self.monitor)  # an error where there is no such value
+        elif not getattr(trainer, "validates", False): watched(trainer.history, self.monitor)  # an error: there will be no such value
 
     def _check(self, trainer: Any) -> None:
         epoch = trainer.status.epoch
