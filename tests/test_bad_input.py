@@ -77,10 +77,7 @@ DATA = {
 }
 
 
-LEAD = pytest.mark.xfail(strict=True, reason="03_batches: in_memory has to say 'train has no rows' for {}")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=LEAD) if n == "an empty dict" else n for n in DATA])
+@pytest.mark.parametrize("name", DATA)
 @pytest.mark.parametrize("what", ["train", "valid"])
 def test_bad_data_are_refused_before_anything_is_made(name, what, tmp_path):
     data, kind, message = DATA[name]
@@ -270,7 +267,6 @@ def test_a_setting_without_effect_warns(settings):
     with pytest.warns(UserWarning, match=f"{next(iter(settings))} has no effect"): trainer(data=DataLoader(TensorDataset(X, Y)), **settings)
 
 
-@pytest.mark.xfail(strict=True, reason="03_batches: unpack has to name weighted=True when a part is missing")
 def test_data_without_the_weights_that_were_announced():
     with pytest.raises(ValueError, match="weighted"): trainer(data=(X, Y, torch.ones(60)), weighted=True).evaluate((X, Y))
 

@@ -68,10 +68,7 @@ def test_every_form_of_data_trains_for_one_pass(form):
     assert {"train_loss", "valid_loss", "valid_accuracy"} <= set(t.history.epochs())
 
 
-NO_LEN = pytest.mark.xfail(strict=True, reason="12_loop: `if parts.valid` asks for a length: `is not None`")
-
-
-@pytest.mark.parametrize("form", [pytest.param(f, marks=NO_LEN) if f == "IterableDataset" else f for f in FORMS if f != "generator"])
+@pytest.mark.parametrize("form", [f for f in FORMS if f != "generator"])
 def test_every_form_of_data_can_be_validated_evaluated_and_predicted(form):
     t = trainer(valid=FORMS[form](), metrics=["accuracy"])
     t.fit(epochs=2)
@@ -127,7 +124,6 @@ def test_endless_data_need_steps():
     with pytest.raises(ValueError, match="how far"): t.fit()
 
 
-@pytest.mark.xfail(strict=True, reason="03_batches: LoaderBatches.epoch refuses a second fit of a generator that is not at its end")
 def test_an_endless_generator_goes_on_in_a_second_fit():
     t = trainer(data=iter(Endless()))
     t.fit(steps=4); t.fit(steps=3)
@@ -422,14 +418,12 @@ def test_early_stopping_waits_for_a_validation_that_comes_later():
     assert t.history.series("valid", "loss")[0].tolist() == [6, 12]
 
 
-@pytest.mark.xfail(strict=True, reason="12_loop: on_epoch is called in epochs without a validation: call it where there was one")
 def test_plateau_waits_for_a_validation_that_comes_later():
     t = trainer(valid=0.2, valid_every="2 epochs", schedule=("plateau", {"patience": 0}), lr=1e-12)
     t.fit(epochs=8)
     assert t.history.series("valid", "loss")[0].tolist() == [6, 12, 18, 24]
 
 
-@pytest.mark.xfail(strict=True, reason="10_step: Computation._custom has to forget the extras of the call before")
 def test_what_a_step_returns_in_validation_is_not_a_training_value():
     def step(model, batch):
         loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
@@ -524,7 +518,6 @@ def test_a_callback_may_change_the_rate():
     assert t.fit(epochs=3).epochs().lr.tolist() == pytest.approx([0.08, 0.04, 0.02]) and t.lr == pytest.approx(0.01)
 
 
-@pytest.mark.xfail(strict=True, reason="12_loop: Parts.set_lr has to call schedule.rescale(new), without the step before")
 def test_a_rate_set_under_a_schedule_scales_the_rest_of_the_curve():
     rates = []
     def half(t):
@@ -674,7 +667,6 @@ def test_predict_keeps_order_and_kind():
     with pytest.raises(ValueError, match="proba"): trainer(net(1), numbers(), loss="mse").predict(X, proba=True)
 
 
-@pytest.mark.xfail(strict=True, reason="03_tensors: unshuffled batches and peek are views of the person's data: clone the chunk")
 def test_a_model_that_works_in_place_leaves_the_data_alone():
     x, given = X.clone(), X.clone()
     t = trainer(nn.Sequential(nn.ReLU(inplace=True), net()), (x, Y), valid=(x, Y))

@@ -12,6 +12,7 @@ __all__ = ['CHUNK_BYTES', 'Batch', 'unpack', 'count_rows', 'keyed_seed', 'permut
 # %% ../../nbs/engine/03_batches.ipynb #44173dd4
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,7 +44,8 @@ def unpack(
     weight = parts[-1] if weighted else None
     if weighted: parts = parts[:-1]
     if labelled and len(parts) < 2:
-        raise ValueError(f"a batch has to be (inputs..., target), and this one has {len(parts)} part(s); "
+        shape, more = ("(inputs..., target, weight), as weighted=True says", 1) if weighted else ("(inputs..., target)", 0)
+        raise ValueError(f"a batch has to be {shape}, and this one has {len(parts) + more} part(s); "
                          "give step= for a model with a loss of its own")
     inputs: tuple | dict = parts[:-1] if labelled else parts
     goal = parts[-1] if labelled else None
@@ -110,7 +112,7 @@ class TensorBatches:
 
     def peek(self) -> Batch:
         """The first rows as they were given, at most a batch of them."""
-        return unpack(self.rebuild([t[:self.batch_size] for t in self.tensors]), **self.naming)
+        return unpack(self.rebuild([t[:self.batch_size].clone() for t in self.tensors]), **self.naming)
 
     def epoch(self, number: int = 1) -> Iterator[Batch]:
         """The batches of one epoch."""
@@ -120,7 +122,7 @@ class TensorBatches:
             yield from self._cut(self._gather(order, start, stop))
 
     def _gather(self, order: Tensor | None, start: int, stop: int) -> list[Tensor]:
-        if order is None: return [t[start:stop] for t in self.tensors]
+        if order is None: return [t[start:stop].clone() for t in self.tensors]  # a model that works in place must not reach the data
         picked = order[start:stop]
         return [t.index_select(0, picked.to(t.device)) for t in self.tensors]
 
@@ -160,6 +162,9 @@ class LoaderBatches:
 
     def peek(self) -> Batch:
         """The first batch, without losing it: a generator's is given again by the next epoch."""
+        if self.sampler and isinstance(self.source, DataLoader):  # our own loader: its first rows, without starting its workers
+            rows = range(min(self.sampler.rows, self.source.batch_size or 1))
+            return self._prepare(self.source.collate_fn([self.source.dataset[k] for k in rows]))
         if self._reading is None:
             self._reading = iter(self.source)
             try: self._first = next(self._reading)
@@ -170,13 +175,13 @@ class LoaderBatches:
         """The batches of one epoch."""
         if self.sampler: self.sampler.epoch = number
         once = isinstance(self.source, Iterator)
-        if self._reading is not None and (once or not self.sampler):
-            first, reading, self._first, self._reading = self._first, self._reading, None, None
-            yield self._prepare(first)
-        else:
-            if once and number > 1: raise ValueError(_READ_ONCE.format(what=self.what))
-            self._first, self._reading, reading = None, None, iter(self.source)
-        for raw in reading: yield self._prepare(raw)
+        if self._reading is not None: first, reading = [self._first], self._reading
+        else: first, reading = [], iter(self.source)
+        self._first = self._reading = None
+        if once and number > 1 and not first:
+            try: first = [next(reading)]
+            except StopIteration: raise ValueError(_READ_ONCE.format(what=self.what)) from None
+        for raw in chain(first, reading): yield self._prepare(raw)
 
     def _prepare(self, raw: Any) -> Batch:
         batch = unpack(to_device(raw, self.device), **self.naming)
@@ -247,6 +252,7 @@ def in_memory(
     **options,  # of TensorBatches
 ) -> TensorBatches:
     """Tensors of equal length, on the device where they fit, and how to put a batch together again."""
+    if not len(data): raise ValueError(f"{what} has no rows: it is empty")
     tree = data if isinstance(data, Mapping) else tuple(data)
     leaves: dict[Any, Tensor] = {}
     flatten(tree, "", leaves, what)

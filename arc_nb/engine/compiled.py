@@ -100,12 +100,15 @@ class CompiledStep(Step):
         [batch] = batches
         for k, group in enumerate(self.optimizer.param_groups):
             if group["lr"] != self.shown[k]: self.lrs[k].fill_(group["lr"]); self.shown[k] = group["lr"]
+        if self.statistics: torch._foreach_copy_(self.kept, self.statistics)
         if self.rows is None: values = self._first(batch)
         else: values = (self.graph if batch.rows == self.rows else self._whole)(batch.inputs, batch.target, batch.weight)
         self.count += 1
         if not self.host: return Outcome(values[0], values[1], batch.rows, True)
         loss, norm = values.tolist()
-        return Outcome(loss, norm, batch.rows, math.isfinite(loss) and math.isfinite(norm))
+        good = math.isfinite(loss) and math.isfinite(norm)
+        if self.statistics and not good: torch._foreach_copy_(self.statistics, self.kept)
+        return Outcome(loss, norm, batch.rows, good)
 
     def _first(self, batch: Batch) -> Tensor:
         began, self.rows = time.monotonic(), batch.rows

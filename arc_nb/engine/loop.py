@@ -59,7 +59,7 @@ class Parts:
     def set_lr(self, lr: float) -> None:
         """The rate from the next step on; under a schedule the rest of its curve is scaled by new/old."""
         new, old = positive(lr), float(self.optimizer.param_groups[0]["lr"])
-        if self.schedule: self.schedule.rescale(new, max(0, self.status.step - self.status.start - 1)); return
+        if self.schedule: self.schedule.rescale(new); return
         for group in self.optimizer.param_groups: set_lr(group, float(group["lr"]) * new / old if old else new)
 
 # %% ../../nbs/engine/12_loop.ipynb #41993bc5
@@ -172,11 +172,13 @@ def report_not_finite(
     parts: Parts,
     outcome: Outcome,
     batches: tuple[Batch, ...],  # of the step
+    first: int,  # the number in the epoch of the first of them
 ) -> None:
     """Warns, and asks for a stop: the optimizer has not stepped."""
     status = parts.status
     told = [explain(parts.compute, batch) for batch in batches]
-    where = next((sentence for sentence in told if "every number finite" not in sentence), told[0])
+    at = next((k for k, sentence in enumerate(told) if "every number finite" not in sentence), 0)
+    where = f"batch {first + at}: {told[at]}"
     message = (f"stopped at step {status.step} (epoch {status.epoch}): the loss is {float(outcome.loss):g}, the gradient's norm "
                f"{float(outcome.norm):g}: {where}. The weights are those before this step.")
     give_up(parts, message)
@@ -205,6 +207,7 @@ class Epochs:
         self.handlers = parts.events.handlers
         self.lr = -1.0  # the optimizer's rate, as last seen
         self.measuring = 0.0  # CPU seconds that training metrics took in this epoch
+        self.first_step, self.validated = 0, False  # of this epoch
 
     @property
     def done(self) -> bool: return self.lookout.stopping or (self.end is not None and self.parts.status.step >= self.end)
@@ -214,20 +217,21 @@ class Epochs:
         parts, lookout, status = self.parts, self.lookout, self.parts.status
         status.epoch += 1
         lookout.leave_out()
-        rows, elapsed, steps = lookout.rows, status.elapsed, status.step
+        rows, elapsed = lookout.rows, status.elapsed
+        self.first_step, self.validated, self.measuring = status.step, False, 0.0
         if parts.train_metrics: parts.train_metrics.reset()
-        self.measuring = 0.0
         parts.events.emit("on_epoch_start")
         for batches in self._groups():
             self._step(batches)
             if self.done: break
-        if status.step == steps and not lookout.stopping: raise ValueError("the training data gave no batches in this epoch")
+        if status.step == self.first_step and not lookout.stopping: raise ValueError("the training data gave no batches in this epoch")
         lookout.settle(wait=True)
         took, rows, mean = status.elapsed - elapsed, lookout.rows - rows, lookout.recorder.epoch_mean()
         status.samples_per_second = rows / took if took > 0 else None
-        if self._valid_is_due(): validate(parts, self.goal.limit_batches)
+        if self._valid_is_due(): self._validate()
         log_epoch(parts, {"train_loss": mean, "seconds": took, "samples_per_second": status.samples_per_second}, self.measuring)
-        if parts.schedule: parts.schedule.on_epoch(parts.history.latest("valid_loss"))
+        if parts.schedule and (self.validated or not parts.schedule.needs_value):
+            parts.schedule.on_epoch(parts.history.latest("valid_loss"))
         parts.events.emit("on_epoch_end")
         if parts.controls.waiting: obey(lookout)
         if time.monotonic() >= lookout.next: lookout.look()
@@ -248,21 +252,20 @@ class Epochs:
         status.step += 1
         self.lookout.recorder.add(status.step, outcome, parts.compute.extras)
         if parts.optimizer.param_groups[0]["lr"] != self.lr: self._lr_changed(float(parts.optimizer.param_groups[0]["lr"]))
-        if parts.train_metrics: self._measure(batches[-1])
-        if not outcome.good: report_not_finite(parts, outcome, batches)
+        if not outcome.good: report_not_finite(parts, outcome, batches, 1 + (status.step - 1 - self.first_step) * parts.accumulate)
         elif self.handlers["on_step_end"]: parts.events.emit("on_step_end")
-        if parts.valid and self.valid_every.after_step(status.step): self._validate()
+        if parts.valid is not None and self.valid_every.after_step(status.step): self._validate()
         if parts.controls.waiting: obey(self.lookout)
         if time.monotonic() >= self.lookout.next: self.lookout.look()
 
     def _validate(self) -> None:
-        """In the middle of an epoch."""
         self.lookout.settle()
+        self.validated = True
         validate(self.parts, self.goal.limit_batches)
         self.lookout.leave_out()
 
-    def _measure(self, batch: Batch) -> None:
-        """Feeds the step's last batch to the training metrics, and counts what that costs."""
+    def measure(self, batch: Batch) -> None:
+        """Feeds a training batch to the training metrics, and counts what that costs."""
         began = time.process_time()
         with torch.no_grad(): self.parts.train_metrics.update(self.parts.compute.point(), batch.target, batch.weight)
         self.measuring += time.process_time() - began
@@ -277,6 +280,7 @@ class Loop:
     def __init__(self, parts: Parts, goal: Goal):
         self.parts, self.goal, self.lookout = parts, goal, Lookout(parts, goal)
         self.epochs = Epochs(parts, goal, self.lookout)
+        parts.compute.heard = self.epochs.measure if parts.train_metrics else None
         status, total = parts.status, goal.total(parts.length, parts.accumulate)
         status.start, status.elapsed, status.message, self.first = status.step, 0.0, "", status.epoch
         status.steps = None if total is None else status.step + total
@@ -308,7 +312,7 @@ class Loop:
     def _end(self, modes: list[tuple[torch.nn.Module, bool]]) -> list[BaseException]:
         """Puts everything back; returns the errors of listeners that could not."""
         for parameter in self.parts.step.parameters: parameter.grad = None
-        self.parts.compute.output = None
+        self.parts.compute.output = self.parts.compute.heard = None
         self.lookout.settle(wait=True)
         for module, mode in modes: module.training = mode
         self.lookout.write()
