@@ -777,3 +777,12 @@ def test_checkpoints_come_as_often_as_asked(tmp_path):
     def look(t): seen.append(torch.load(tmp_path / "r/last.pt", weights_only=True)["step"] if (tmp_path / "r/last.pt").exists() else 0)
     trainer(run=tmp_path / "r", checkpoint_every=3, callbacks=[On(order=99, on_step_end=look)]).fit(steps=7)
     assert seen == [0, 0, 3, 3, 3, 6, 6] and torch.load(tmp_path / "r/last.pt", weights_only=True)["step"] == 7
+
+
+def test_plateau_watches_a_metric_that_should_rise():
+    rising = trainer(valid=classes(30, 1), metrics=["accuracy"], lr=1e-9,
+                     schedule=("plateau", {"monitor": "valid_accuracy", "mode": "max", "patience": 1, "factor": 0.5}))
+    rising.fit(epochs=5)
+    assert rising.lr == pytest.approx(2.5e-10)
+    with pytest.raises(ValueError, match="valid_f1"):
+        trainer(valid=classes(30, 1), schedule=("plateau", {"monitor": "valid_f1", "mode": "max"})).fit(epochs=1)

@@ -231,7 +231,7 @@ class Epochs:
         if self._valid_is_due(): self._validate()
         log_epoch(parts, {"train_loss": mean, "seconds": took, "samples_per_second": status.samples_per_second}, self.measuring)
         if parts.schedule and (self.validated or not parts.schedule.needs_value):
-            parts.schedule.on_epoch(parts.history.latest("valid_loss"))
+            parts.schedule.on_epoch(parts.history.latest(parts.schedule.monitor))
         parts.events.emit("on_epoch_end")
         if parts.controls.waiting: obey(lookout)
         if time.monotonic() >= lookout.next: lookout.look()

@@ -164,6 +164,7 @@ class Schedule(ABC):
     "Sets the learning rates of an optimizer as steps and epochs go by"
     needs_horizon = False # whether a run without a known end is refused
     needs_value = False # whether a run without validation is refused
+    monitor = "valid_loss" # the value that `on_epoch` hears, a column of history.epochs()
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer, self.scale = optimizer, 1.0
@@ -216,7 +217,7 @@ class Curve(Schedule):
         for group, base in zip(self.optimizer.param_groups, self.base): set_lr(group, base * self.factor * self.scale)
 
 # %% ../../nbs/engine/06_rates.ipynb #e23e7b99
-NO_VALUE = 'the schedule "{}" watches the validation loss, but there is none: give the Trainer valid=...'
+NO_VALUE = 'the schedule "{}" watches {}, but there is none: give the Trainer valid=..., and the metric among metrics='
 
 class Plateau(Schedule):
     "times `factor` when the validation loss stays away from a new best for more than `patience` epochs"
@@ -231,8 +232,10 @@ class Plateau(Schedule):
         cooldown: int = 0, # epochs after a drop that do not count
         min_lr: float = 0.0,
         mode: str = "min", # or "max", for a metric that should rise
+        monitor: str = "valid_loss", # what is watched: a column of history.epochs(), such as "valid_accuracy"
     ) -> None:
         super().__init__(optimizer)
+        self.monitor = monitor
         if mode not in ("min", "max"): raise ValueError(f'"plateau" has mode="min" or "max", not {mode!r}')
         if not 0 < factor < 1: raise ValueError(f'"plateau" needs a factor between 0 and 1, but got {factor!r}')
         self.patience, self.rule, self.threshold, self.cooldown, self.min_lr = patience, factor, threshold, cooldown, min_lr
@@ -241,7 +244,7 @@ class Plateau(Schedule):
     def step(self, step: int) -> None: return None
 
     def on_epoch(self, value: float | None) -> None: # the validation loss, or the metric watched
-        if value is None: raise ValueError(NO_VALUE.format("plateau"))
+        if value is None: raise ValueError(NO_VALUE.format("plateau", self.monitor))
         value = self.sign * value
         better = value < self.best - self.threshold * abs(self.best) if math.isfinite(self.best) else value < self.best
         if better: self.best = value
@@ -273,7 +276,7 @@ class TorchSchedule(Schedule):
     def advance(self, value: float | None = None) -> None:
         for group, base in zip(self.optimizer.param_groups, self.base): set_lr(group, base)
         if isinstance(self.scheduler, ReduceLROnPlateau):
-            if value is None: raise ValueError(NO_VALUE.format("ReduceLROnPlateau"))
+            if value is None: raise ValueError(NO_VALUE.format("ReduceLROnPlateau", self.monitor))
             self.scheduler.step(value)
         else: self.scheduler.step()
         self.base, self.done = [float(group["lr"]) for group in self.optimizer.param_groups], self.done + 1
