@@ -8,6 +8,7 @@ Docs: https://arc-nb.github.io/arc_nb/draw/curves.html.md"""
 __all__ = ['Numbers', 'FIRST', 'LOW', 'HIGH', 'LAST', 'Bins', 'join', 'gather', 'Smoother', 'Thinned']
 
 # %% ../../nbs/draw/20_curves.ipynb #d80f23c4
+import math
 from dataclasses import dataclass
 from collections.abc import Sequence
 import numpy as np
@@ -112,7 +113,7 @@ class Smoother:
         out, keep = np.empty(len(values)), self.keep
         total, weight = self.sum, self.weight
         for i, value in enumerate(values.tolist()):
-            if np.isfinite(value): total, weight = keep * total + (1 - keep) * value, keep * weight + 1 - keep
+            if math.isfinite(value): total, weight = keep * total + (1 - keep) * value, keep * weight + 1 - keep
             out[i] = total / weight if weight else np.nan
         self.sum, self.weight = total, weight
         return out
