@@ -169,6 +169,12 @@ class History(Columns):
         self._lines: list[str] = []  # not yet written
         self._offset, self._told = 0, False
 
+    def __repr__(self) -> str:
+        newest = [(name, self.latest(name)) for name in ("train_loss", "valid_loss")]
+        told = [f"{name} {value:.4g}" for name, value in newest if value is not None]
+        last = max((column.step[-1] for column in self.series_by_name.values()), default=0)
+        return f"History({', '.join([f'{last:,} steps', *told])})"
+
     def log(self, step: int, epoch: int, split: str, name: str, value: float) -> None:
         """Adds one value."""
         self.extend(epoch, split, [step], {name: [float(value)]})
