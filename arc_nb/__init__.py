@@ -3,12 +3,13 @@ __version__ = "0.1.0"
 
 from typing import TYPE_CHECKING
 
-_rooms = {"Trainer": "trainer", "show": "trainer", "Callback": "engine.events"}
+_rooms = {"Trainer": "trainer", "show": "runs", "Callback": "engine.events"}
 __all__ = ["Trainer", "Callback", "show"]
 
 if TYPE_CHECKING:
     from .engine.events import Callback
-    from .trainer import Trainer, show
+    from .runs import show
+    from .trainer import Trainer
 
 
 def __getattr__(name: str):

@@ -82,6 +82,7 @@ DATA = {
 def test_bad_data_are_refused_before_anything_is_made(name, what, tmp_path):
     data, kind, message = DATA[name]
     if name == "an empty generator": data = (b for b in ())
+    if name == "an empty generator" and what == "valid": message = "valid is a generator.*read only once"
     pair = (data, None) if what == "train" else ((X, Y), data)
     with pytest.raises(kind, match=message.replace("train", what) if name not in ("a word",) else f"{what} is a str"):
         Trainer(net(), *pair, loss="cross_entropy", run=tmp_path / "r", board=False,
@@ -112,6 +113,11 @@ NAMES = {
     "lr": (make(lr=-1.0), "lr=-1"), "lr text": (make(lr="fast"), "lr='fast'"), "lr nan": (make(lr=float("nan")), "lr=nan"),
     "lr inf": (make(lr=float("inf")), "lr=inf"), "lr None": (make(lr=None), "lr=None"),
     "clip_norm": (make(clip_norm=0), "clip_norm=0"), "clip_value": (make(clip_value=-2), "clip_value=-2"),
+    "seed": (make(seed="a"), "seed='a'"), "seed None": (make(seed=None), "seed=None"), "seed 1.5": (make(seed=1.5), "seed=1.5"),
+    "seed too large": (make(seed=2**64), "seed=1844"), "seed True": (make(seed=True), "seed=True"),
+    "a generator as valid": (lambda: trainer(valid=iter([(X, Y)])), "valid is a list_iterator.*list of batches"),
+    "train without target": (make(data=[(X,)]), "^train: a batch has to be"),
+    "valid without target": (make(valid=[(X,)]), "^valid: a batch has to be"),
     "l1": (make(l1=-1.0), "l1"), "valid 1.5": (make(valid=1.5), "1.5.*between 0 and 1"), "valid 0.0": (make(valid=0.0), "between 0 and 1"),
     "too small a share": (make(valid=0.001), "no rows in one of the splits"), "too large a share": (make(valid=0.999), "no rows"),
     "drop_last": (make(drop_last=True, batch_size=100), "60 rows.*100"),

@@ -11,7 +11,6 @@ from small import On, classes, files, net, numbers, trainer, weights
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-import arc_nb
 from arc_nb import Callback, Trainer
 from arc_nb.engine.callbacks import EMA, SWA, EarlyStopping
 from arc_nb.engine.history import History, Status
@@ -19,6 +18,7 @@ from arc_nb.engine.metrics import known_metrics
 from arc_nb.engine.objectives import losses
 from arc_nb.engine.optimizers import optimizers
 from arc_nb.engine.rates import schedules
+from arc_nb.runs import Run
 
 
 class Rows(Dataset):
@@ -635,7 +635,7 @@ def test_several_fits_make_one_history(tmp_path):
     pd.testing.assert_frame_equal(read.epochs(), t.history.epochs())
     assert len(read.frame()) == len(t.history.frame()) and files(tmp_path) == {
         "r", "r/config.json", "r/history.jsonl", "r/status.json", "r/best.pt", "r/last.pt"}
-    assert Status.read(tmp_path / "r").state == "completed" and arc_nb.trainer.Run(tmp_path / "r").history.best("valid", "loss")
+    assert Status.read(tmp_path / "r").state == "completed" and Run(tmp_path / "r").history.best("valid", "loss")
 
 
 def test_two_fits_equal_one_long_one():
@@ -706,6 +706,20 @@ def test_what_cannot_be_saved_is_asked_for(loss, tmp_path):
     assert Trainer.load(tmp_path / "model", model=t.model, loss=loss).evaluate(classes()) == t.evaluate(classes())
 
 
+@pytest.mark.parametrize("form", ["plain", "pair", "nested", "weighted", "dict", "inputs alone"])
+def test_a_model_from_a_file_predicts_on_data_with_targets(form, tmp_path):
+    left, right, w = X[:, :2], X[:, 2:], torch.ones(60)
+    model, data = {
+        "plain": (net(), (X, Y)), "inputs alone": (net(), (X,)), "weighted": (net(), (X, Y, w)), "pair": (Named(), (left, right, Y)),
+        "nested": (Named(), ((left, right), Y)), "dict": (Named(), {"left": left, "right": right, "y": Y})}[form]
+    whole = (X, Y, w) if form == "weighted" else (X, Y) if form == "inputs alone" else data
+    t = trainer(model, whole, weighted=form == "weighted")
+    t.save(tmp_path / "model")
+    loaded, expected = Trainer.load(tmp_path / "model", model=model, board=False), t.predict(whole)
+    torch.testing.assert_close(loaded.predict(data), expected)
+    torch.testing.assert_close(loaded.predict([data]), expected)  # as a loader gives it
+
+
 def test_load_refuses_what_is_no_model(tmp_path):
     with pytest.raises(FileNotFoundError): Trainer.load(tmp_path / "nothing", model=net())
     (tmp_path / "text").write_text("hello")
@@ -747,6 +761,32 @@ def test_restore_brings_the_best_weights_back(tmp_path):
     assert torch.equal(weights(t.model), kept[8])
     with pytest.raises(FileNotFoundError): t.restore(tmp_path / "other.pt")
     for name in ("best.pt", "last.pt"): torch.load(tmp_path / "r" / name, weights_only=True)
+
+
+def test_earlier_runs_lie_behind_this_one(tmp_path, capsys):
+    def lines(board): return [line.name for line in board.look.view().lines if line.role == "ghost"]
+    early, late = str(tmp_path / "early"), str(tmp_path / "late")
+    for folder in (early, late): trainer(run=folder).fit(epochs=1)
+    seen = []
+    def more(t):
+        seen.append(lines(t.live))
+        if t.epoch == 1: assert t.compare(late) is t
+    t = trainer(run=tmp_path / "r", board="text", callbacks=[On(on_epoch_end=more)])
+    assert t.compare(early, early) is t and t.live is None
+    t.fit(epochs=2)
+    assert seen == [[early], [early, late]] and t.live.done
+    assert lines(t.board()) == [early, late] == lines(Run(tmp_path / "r").compare(early, late).board())
+    t.fit(epochs=1)
+    assert seen[-1] == [early, late]
+
+
+def test_what_is_no_earlier_run_is_refused_at_once(tmp_path):
+    trainer(run=tmp_path / "early").fit(epochs=1)
+    t = trainer(run=tmp_path / "r")
+    with pytest.raises(FileNotFoundError, match="did you mean .*early"): t.compare(tmp_path / "early", tmp_path / "erly")
+    with pytest.raises(FileNotFoundError, match="no run"): Run(tmp_path / "early").compare(tmp_path)
+    with pytest.raises(ValueError, match="own folder"): t.compare(tmp_path / "r")
+    assert t.compared == ()
 
 
 def test_a_used_run_folder_is_moved_aside(tmp_path, capsys):
