@@ -99,8 +99,10 @@ class TensorBatches:
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
+        device: torch.device | None = None,  # where batches are wanted; None: where the tensors are
         **naming,  # as `unpack` takes it
     ):
+        self.device = device or next(iter(tensors.values())).device
         self.tensors, self.rows = list(tensors.values()), len(next(iter(tensors.values())))
         self.batch_size, self.seed, self.shuffle, self.drop_last = batch_size, seed, shuffle, drop_last
         self.rebuild, self.naming = rebuild, naming
@@ -112,7 +114,7 @@ class TensorBatches:
 
     def peek(self) -> Batch:
         """The first rows as they were given, at most a batch of them."""
-        return unpack(self.rebuild([t[:self.batch_size].clone() for t in self.tensors]), **self.naming)
+        return unpack(self.rebuild(self._gather(None, 0, self.batch_size)), **self.naming)
 
     def epoch(self, number: int = 1) -> Iterator[Batch]:
         """The batches of one epoch."""
@@ -122,9 +124,14 @@ class TensorBatches:
             yield from self._cut(self._gather(order, start, stop))
 
     def _gather(self, order: Tensor | None, start: int, stop: int) -> list[Tensor]:
-        if order is None: return [t[start:stop].clone() for t in self.tensors]  # a model that works in place must not reach the data
-        picked = order[start:stop]
-        return [t.index_select(0, picked.to(t.device)) for t in self.tensors]
+        """A copy of the rows, on the device: a model that works in place must not reach the data."""
+        if order is None: parts = [t[start:stop].clone() for t in self.tensors]
+        else:
+            picked = order[start:stop].to(self.tensors[0].device)
+            parts = [t.index_select(0, picked) for t in self.tensors]
+        if parts[0].device == self.device: return parts
+        if self.device.type == "cuda": parts = [t.pin_memory() for t in parts]
+        return [t.to(self.device, non_blocking=True) for t in parts]
 
     def _cut(self, chunk: list[Tensor]) -> Iterator[Batch]:
         for slices in zip(*(t.split(self.batch_size) for t in chunk)):
@@ -266,7 +273,7 @@ def in_memory(
     if not min(lengths.values()): raise ValueError(f"{what} has no rows")
     size = sum(t.numel() * t.element_size() for t in leaves.values())
     if fits(size, device): leaves = {name: t.to(device) for name, t in leaves.items()}
-    batches = TensorBatches(leaves, batch_size, rebuild=rebuilder(tree), **options)
+    batches = TensorBatches(leaves, batch_size, rebuild=rebuilder(tree), device=device, **options)
     if not len(batches): raise ValueError(_TOO_FEW.format(what=what, rows=batches.rows, batch_size=batch_size))
     return batches
 

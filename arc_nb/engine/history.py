@@ -345,11 +345,12 @@ class Status:
         except FileNotFoundError: return cls(state="failed", message=f"{path} is missing")
         known = {k: v for k, v in found.items() if k in cls.__dataclass_fields__ and v is not None}
         status = cls(**known)
-        if status.alive and not _lives(status.pid): status.state, status.message = "failed", "lost: its process is gone"
+        if status.alive and not _lives(status.pid, status.beat): status.state, status.message = "failed", "lost: its process is gone"
         return status
 
-def _lives(pid: int) -> bool:
-    """Whether a process of this number is running on this machine."""
+def _lives(pid: int, beat: float) -> bool:
+    """Whether a process of this number is running on this machine; on Windows, where asking would end it, whether it wrote lately."""
+    if os.name == "nt": return time.time() - beat < 600
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
     except PermissionError: return True

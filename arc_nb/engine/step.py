@@ -260,6 +260,6 @@ def evaluate(
             counts.append(compute.count(batch))
             if metrics: metrics.update(compute.point(), batch.target, batch.weight)
     if not losses: raise ValueError("there is nothing to evaluate: the data gave no batches")
-    values, weights = torch.stack(losses).double().cpu(), torch.tensor([float(c) for c in counts], dtype=torch.float64)
+    values, weights = torch.stack(losses).cpu().double(), torch.tensor([float(c) for c in counts], dtype=torch.float64)
     compute.output = None
     return {"loss": float((values * weights).sum() / weights.sum())} | (metrics.compute() if metrics else {})
