@@ -122,7 +122,7 @@ def check_schedule(
     standin = optimizer if built else torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
     schedule = make_schedule(spec, standin, steps=1000, steps_per_epoch=100)
     if schedule and schedule.needs_value and not valid:
-        raise ValueError(f"schedule={spec!r} watches the validation loss, but there is none: give the Trainer valid=...")
+        raise ValueError(f"schedule={spec!r} watches {schedule.monitor}, but nothing is validated: give the Trainer valid=...")
 
 # %% ../nbs/40_setup.ipynb #7eb01019
 def make_metrics(
@@ -179,7 +179,13 @@ class Materials:
         self.metrics = make_metrics(given["metrics"], self.compute.objective, seen)
         self.train_metrics = make_metrics(given["train_metrics"], self.compute.objective, seen)
 
-    def batches(self, data: Any, what: str, shuffle: bool = False, labelled: bool = True) -> TensorBatches | LoaderBatches:
+    def batches(
+        self,
+        data: Any,  # in any form
+        what: str,  # "train", "valid", "test", "data": how errors call it
+        shuffle: bool = False,
+        labelled: bool = True,  # whether targets are expected
+    ) -> TensorBatches | LoaderBatches:
         """Batches of any data, as this trainer's model and loss need them; evaluation uses twice the batch size."""
         given, goal, training = self.given, self.compute.objective, what == "train"
         with about(what):
@@ -233,14 +239,21 @@ class Setup(Materials):
         from arc_nb.engine.compiled import CompiledStep
         return CompiledStep(self.compute, self.optimizer, given["clip_norm"], given["clip_value"])
 
-    def set_lr(self, lr: float) -> None:
+    def set_lr(
+        self,
+        lr: float,  # of the first group
+    ) -> None:
         """The rate of the next fit; every group keeps its share of it."""
         old = float(self.optimizer.param_groups[0]["lr"]) if self.given["schedule"] is None else self.base_lrs[0]
         for k, group in enumerate(self.optimizer.param_groups):
             self.base_lrs[k] = lr * (self.base_lrs[k] if self.given["schedule"] is not None else float(group["lr"])) / old
             set_lr(group, self.base_lrs[k])
 
-    def parts(self, goal: Goal, **shared: Any) -> Parts:
+    def parts(
+        self,
+        goal: Goal,  # how far
+        **shared: Any,  # what lives longer than a fit: history, status, controls
+    ) -> Parts:
         """What the loop needs for one fit; ValueError for a schedule whose end is not known."""
         accumulate = self.given["accumulate"]
         parts = Parts(self.compute, self.step, self.train, self.valid, self.metrics, self.train_metrics, accumulate=accumulate, **shared)

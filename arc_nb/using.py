@@ -27,7 +27,8 @@ def takes(
     model: nn.Module,
 ) -> int | None:
     """How many positional arguments its forward has; None where any number will do."""
-    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    try: kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    except (TypeError, ValueError): return None  # compiled elsewhere, as torch.jit does
     if inspect.Parameter.VAR_POSITIONAL in kinds: return None
     return sum(kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
 

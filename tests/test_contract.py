@@ -1,4 +1,5 @@
 """The Trainer's contract, line by line, as somebody outside would check it: data, losses, steps, schedules, histories, results."""
+import json
 import math
 import re
 import warnings
@@ -778,6 +779,19 @@ def test_earlier_runs_lie_behind_this_one(tmp_path, capsys):
     assert lines(t.board()) == [early, late] == lines(Run(tmp_path / "r").compare(early, late).board())
     t.fit(epochs=1)
     assert seen[-1] == [early, late]
+
+
+def test_a_run_is_alive_in_its_folder_from_the_first_moment(tmp_path):
+    seen = []
+    trainer(run=tmp_path / "r", callbacks=[On(on_fit_start=lambda t: seen.append(Status.read(tmp_path / "r").alive))]).fit(epochs=1)
+    assert seen == [True] and not Status.read(tmp_path / "r").alive
+
+
+def test_numpys_whole_numbers_are_seeds(tmp_path):
+    a, b = trainer(seed=np.int64(3), run=tmp_path / "r"), trainer(seed=3)
+    a.fit(epochs=1); b.fit(epochs=1)
+    assert torch.equal(weights(a.model), weights(b.model))
+    assert json.loads((tmp_path / "r/config.json").read_text())["settings"]["seed"] == 3
 
 
 def test_what_is_no_earlier_run_is_refused_at_once(tmp_path):
