@@ -291,7 +291,8 @@ class Loop:
         status, model = self.parts.status, self.parts.compute.model
         modes = [(module, module.training) for module in model.modules()]
         try:
-            with signals_stop(self.parts.controls), self.parts.compute.precision.settings(): self._fit(model)
+            with signals_stop(self.parts.controls), self.parts.compute.precision.settings(), self.parts.step.settings():
+                self._fit(model)
         except BaseException as error:
             status.state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             status.message = f"{type(error).__name__}: {error}"

@@ -11,7 +11,7 @@ __all__ = ['SMALL', 'Computation', 'check_loss', 'gradients', 'norm_of', 'clip',
 # %% ../../nbs/engine/10_step.ipynb #9c7862f4
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -148,6 +148,10 @@ class Step:
         self.flags = not self.host and bool(optimizer.param_groups[0].get("fused"))  # the optimizer can skip on the device
         self.statistics = norm_statistics(compute.model)
         self.kept = [s.clone() for s in self.statistics]
+
+    def settings(self) -> AbstractContextManager:
+        """What has to hold in the process while steps are made."""
+        return nullcontext()
 
     def __call__(self, batches: Sequence[Batch]) -> Outcome:
         if self.statistics: torch._foreach_copy_(self.kept, self.statistics)
