@@ -10,6 +10,7 @@ __all__ = ['find_run', 'Source', 'Run', 'show', 'follow', 'plain', 'describe', '
 # %% ../nbs/39_runs.ipynb #0427c86e
 import difflib
 import json
+import os
 import platform
 import threading
 import time
@@ -144,7 +145,11 @@ def open_folder(
     folder: Path,  # of the run that begins
     about: Mapping[str, Any],  # what config.json is to hold
 ) -> Path:
-    """Makes the run's folder, absolute, with its config.json; an old run in it is moved aside. OSError where nothing can be written."""
+    """Makes the run's folder, absolute, with its config.json; an old run in it is moved aside. OSError where nothing can be written,
+    ValueError where another process is training there."""
+    status = Status.read(folder) if (folder / "status.json").exists() else None
+    if status and status.alive and status.pid != os.getpid():
+        raise ValueError(f"{folder} is being trained by process {status.pid}: stop that run, or choose another folder with run=")
     moved = prepare_folder(folder)
     if moved: print(f"{folder} held another run, which is now {moved}")
     path = folder.resolve()

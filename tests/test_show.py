@@ -1,4 +1,5 @@
 """arc_nb.show follows a run that another process trains, and steers it through the run's folder."""
+import os
 import subprocess
 import sys
 import time
@@ -6,8 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import arc_nb
+from arc_nb import Trainer
 from arc_nb.engine.history import Status
 
 SECONDS = 60  # the longest wait for another process on a busy machine
@@ -82,3 +85,12 @@ def test_a_run_whose_process_was_killed_is_shown_as_lost(other):
 def test_show_refuses_what_is_no_run(tmp_path):
     for missing in (tmp_path / "nothing", tmp_path):
         with pytest.raises(FileNotFoundError, match="no run at"): arc_nb.show(missing)
+
+
+def test_a_folder_in_which_another_process_trains_is_left_alone(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    Status("training", pid=os.getppid()).write(run)
+    t = Trainer(torch.nn.Linear(4, 1), (torch.randn(8, 4), torch.randn(8)), loss="mse", run=run, board=False)
+    with pytest.raises(ValueError, match=f"process {os.getppid()}"): t.fit(epochs=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"] and [p.name for p in run.iterdir()] == ["status.json"] and t.step == 0
