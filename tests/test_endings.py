@@ -381,3 +381,34 @@ def test_the_next_trainer_works_after_any_ending():
     a, b = trainer(), trainer()
     a.fit(epochs=1); b.fit(epochs=1)
     assert torch.equal(weights(a.model), weights(b.model)) and a.predict(X).dtype == torch.float32
+
+
+WORKERS = """
+import time, torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from arc_nb import Trainer
+class Slow(Dataset):
+    def __len__(self): return 64
+    def __getitem__(self, k): time.sleep(0.03); return torch.randn(4), torch.tensor(1.0)
+loader = DataLoader(Slow(), 8, num_workers=2, persistent_workers=True)
+next(iter(loader))  # the workers are there before anybody looks after them
+t = Trainer(nn.Linear(4, 1), loader, loss="mse", run=False, board=False)
+class Say(__import__("arc_nb").Callback):
+    def on_step_end(self, trainer): print("step", flush=True)
+t.callbacks.append(Say())
+t.fit(epochs=100)
+print(t.status.state, flush=True)
+"""
+
+
+def test_an_interrupt_that_ends_the_loaders_processes_first_is_still_a_stop():
+    child = subprocess.Popen([sys.executable, "-c", WORKERS], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                             start_new_session=True)
+    try:
+        assert child.stdout and child.stdout.readline() == "step\n"
+        os.killpg(child.pid, signal.SIGINT)  # as Jupyter and a terminal do: to the whole group
+        said = child.communicate(timeout=60)[0]
+    finally:
+        child.kill()
+    assert child.returncode == 0 and said.splitlines()[-1] == "interrupted", said

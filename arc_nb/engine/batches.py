@@ -6,8 +6,8 @@ Docs: https://arc-nb.github.io/arc_nb/engine/batches.html.md"""
 
 # %% auto #0
 __all__ = ['CHUNK_BYTES', 'Batch', 'unpack', 'count_rows', 'keyed_seed', 'permutation', 'TensorBatches', 'KeyedSampler',
-           'LoaderBatches', 'to_device', 'make_batches', 'in_memory', 'fits', 'cast_target', 'load_dataset', 'hold_out',
-           'split_order']
+           'LoaderBatches', 'first_of', 'to_device', 'make_batches', 'in_memory', 'fits', 'cast_target', 'load_dataset',
+           'hold_out', 'split_order']
 
 # %% ../../nbs/engine/03_batches.ipynb #44173dd4
 import sys
@@ -169,9 +169,7 @@ class LoaderBatches:
 
     def peek(self) -> Batch:
         """The first batch, without losing it: a generator's is given again by the next epoch."""
-        if self.sampler and isinstance(self.source, DataLoader):  # our own loader: its first rows, without starting its workers
-            rows = range(min(self.sampler.rows, self.source.batch_size or 1))
-            return self._prepare(self.source.collate_fn([self.source.dataset[k] for k in rows]))
+        if isinstance(self.source, DataLoader): return self._prepare(first_of(self.source, self.what))
         if self._reading is None:
             self._reading = iter(self.source)
             try: self._first = next(self._reading)
@@ -193,6 +191,17 @@ class LoaderBatches:
     def _prepare(self, raw: Any) -> Batch:
         batch = unpack(to_device(raw, self.device), **self.naming)
         return batch._replace(target=self.cast(batch.target)) if self.cast else batch
+
+def first_of(
+    loader: DataLoader,
+    what: str,  # how errors call it
+) -> Any:
+    """A batch of a loader, without its workers where that can be done; the loader begins anew afterwards."""
+    if not isinstance(loader.dataset, IterableDataset) and loader.batch_size and _sized(loader.dataset):
+        rows = range(min(len(loader.dataset), loader.batch_size))  # type: ignore[arg-type]
+        if rows: return loader.collate_fn([loader.dataset[k] for k in rows])
+    for raw in loader: return raw
+    raise ValueError(f"{what} has no batches: the loader is empty")
 
 _READ_ONCE = ("{what} is a generator, and it has been read to its end: give a list, a DataLoader or an object whose __iter__ begins anew, "
               "or ask for steps= within its length")

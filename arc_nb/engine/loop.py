@@ -221,9 +221,13 @@ class Epochs:
         self.first_step, self.validated, self.measuring = status.step, False, 0.0
         if parts.train_metrics: parts.train_metrics.reset()
         parts.events.emit("on_epoch_start")
-        for batches in self._groups():
-            self._step(batches)
-            if self.done: break
+        try:
+            for batches in self._groups():
+                self._step(batches)
+                if self.done: break
+        except RuntimeError as error:  # an interrupt reaches a loader's processes too, and may end them before it ends the run
+            if parts.controls.waiting and "DataLoader worker" in str(error): obey(lookout)
+            if not lookout.stopping: raise
         if status.step == self.first_step and not lookout.stopping: raise ValueError("the training data gave no batches in this epoch")
         lookout.settle(wait=True)
         took, rows, mean = status.elapsed - elapsed, lookout.rows - rows, lookout.recorder.epoch_mean()
