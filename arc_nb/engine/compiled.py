@@ -49,6 +49,9 @@ def check_step(
 ) -> None:
     """ValueError for what cannot be part of one graph."""
     say = 'compile="step" '
+    from torch._dynamo import config  # torch loads its compiler only here
+    if not hasattr(config, "trace_autograd_ops"):
+        raise ValueError(say + f"needs a newer PyTorch than {torch.__version__} (2.13 has it); compile=True compiles the model")
     if compute.step: raise ValueError(say + "needs loss=: a step= of your own cannot be traced as a whole; compile=True compiles the model")
     if compute.precision.scaler: raise ValueError(say + "has no loss scaler: use precision='bf16' or 'fp32'")
     if type(optimizer) not in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
