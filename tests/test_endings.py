@@ -173,6 +173,13 @@ def test_the_guard_says_which_batch_of_the_epoch():
     with pytest.warns(RuntimeWarning, match="batch 4"): t.fit(epochs=1)
 
 
+def test_the_guard_warns_once_where_the_same_step_would_be_validated():
+    bad = X[:20].clone(); bad[3, 1] = float("nan")
+    t = trainer(data=[(X[20:40], Y[20:40]), (bad, Y[:20])], valid=(X[40:], Y[40:]), valid_every=1)
+    with pytest.warns(RuntimeWarning, match="batch 2") as told: t.fit(epochs=1)
+    assert len(told) == 1 and t.history.series("valid", "loss")[0].tolist() == [1]
+
+
 def test_batch_norm_keeps_its_statistics_when_the_guard_stops():
     bad = X[:20].clone(); bad[3, 1] = float("nan")
     t = trainer(Fragile(norm=True), [(X[20:40], Y[20:40]), (bad, Y[:20])])

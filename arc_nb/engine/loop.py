@@ -85,7 +85,8 @@ class Lookout:
         """Brings the history in memory up to date; with `wait`, with the values that are still on the device too."""
         self.rows += self.recorder.settle(self.parts.status.epoch, wait)
         self.count_time()
-        if self.recorder.bad_step is not None and not self.stopping: report_late(self.parts, self.recorder.bad_step)
+        bad, self.recorder.bad_step = self.recorder.bad_step, None
+        if bad is not None and not self.stopping: report_late(self.parts, bad)
 
     def leave_out(self) -> None:
         """The time since `settle` was not training (validation, checkpoints): it does not slow the speed."""
@@ -192,9 +193,7 @@ def report_late(
                    "finite. The weights are those before that step; device='cpu' tells the layer.")
 
 def give_up(parts: Parts, message: str) -> None:
-    """Tells a person and the controls, once."""
-    if parts.status.message == message: return
-    parts.status.message = message
+    """Tells a person and the controls."""
     warnings.warn(message, RuntimeWarning, stacklevel=2)
     parts.controls.stop(message, "failed")
 
@@ -257,8 +256,9 @@ class Epochs:
         self.lookout.recorder.add(status.step, outcome, parts.compute.extras)
         if parts.optimizer.param_groups[0]["lr"] != self.lr: self._lr_changed(float(parts.optimizer.param_groups[0]["lr"]))
         if not outcome.good: report_not_finite(parts, outcome, batches, 1 + (status.step - 1 - self.first_step) * parts.accumulate)
-        elif self.handlers["on_step_end"]: parts.events.emit("on_step_end")
-        if parts.valid is not None and self.valid_every.after_step(status.step): self._validate()
+        else:
+            if self.handlers["on_step_end"]: parts.events.emit("on_step_end")
+            if parts.valid is not None and self.valid_every.after_step(status.step): self._validate()
         if parts.controls.waiting: obey(self.lookout)
         if time.monotonic() >= self.lookout.next: self.lookout.look()
 
