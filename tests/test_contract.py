@@ -840,3 +840,19 @@ def test_plateau_watches_a_metric_that_should_rise():
     assert rising.lr == pytest.approx(2.5e-10)
     with pytest.raises(ValueError, match="valid_f1"):
         trainer(valid=classes(30, 1), schedule=("plateau", {"monitor": "valid_f1", "mode": "max"})).fit(epochs=1)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = net(2)
+    def forward(self, x): return self.body(x).split(1, 1)
+
+
+def test_a_list_of_losses_for_a_tuple_of_targets_in_memory():
+    x, y = numbers()
+    t = trainer(TwoHeads(), (x, (y, 2 * y.double())), loss=["mse", ("huber", {"delta": 1.0}, 0.5)], valid=0.25)
+    t.fit(epochs=5)
+    losses = t.history.epochs().valid_loss
+    assert len(losses) == 5 and losses.iloc[-1] < losses.iloc[0]
+    assert [part.shape for part in t.predict(x)] == [(60, 1), (60, 1)]
