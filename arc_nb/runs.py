@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
-from .engine.checkpoint import USED, prepare_folder
+from .engine.checkpoint import is_used, prepare_folder
 from .engine.controls import FileControls
 from .engine.history import History, Status
 from .settings import settings
@@ -36,8 +36,8 @@ def find_run(
 ) -> Path:
     """The folder itself; FileNotFoundError where there is no run, with the nearest name beside it."""
     path = Path(folder)
-    if any((path / name).exists() for name in USED): return path
-    beside = [p.name for p in path.parent.iterdir() if any((p / name).exists() for name in USED)] if path.parent.is_dir() else []
+    if is_used(path): return path
+    beside = [p.name for p in path.parent.iterdir() if is_used(p)] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, beside, 1)
     raise FileNotFoundError(f"there is no run at {folder}" + (f": did you mean {path.parent / near[0]}?" if near else ""))
 

@@ -23,10 +23,10 @@ from .batches import Batch
 from .controls import Controls, Inbox, positive, signals_stop
 from .events import Events, clean_up
 from .goal import Every, Goal
-from .guard import explain
+from .guard import NOTHING, explain
 from .history import History, Recorder, Status
 from .rates import Schedule, set_lr
-from .step import Computation, Outcome, Step, evaluate
+from .step import Computation, Outcome, Step, evaluate, keeping_modes
 
 # %% ../../nbs/engine/12_loop.ipynb #c0b0d04f
 @dataclass
@@ -58,8 +58,9 @@ class Parts:
 
     def set_lr(self, lr: float) -> None:
         """The rate from the next step on; under a schedule the rest of its curve is scaled by new/old."""
-        new, old = positive(lr), float(self.optimizer.param_groups[0]["lr"])
+        new = positive(lr)
         if self.schedule: self.schedule.rescale(new); return
+        old = float(self.optimizer.param_groups[0]["lr"])
         for group in self.optimizer.param_groups: set_lr(group, float(group["lr"]) * new / old if old else new)
 
 # %% ../../nbs/engine/12_loop.ipynb #41993bc5
@@ -178,7 +179,7 @@ def report_not_finite(
     """Warns, and asks for a stop: the optimizer has not stepped."""
     status = parts.status
     told = [explain(parts.compute, batch) for batch in batches]
-    at = next((k for k, sentence in enumerate(told) if "every number finite" not in sentence), 0)
+    at = next((k for k, sentence in enumerate(told) if sentence != NOTHING), 0)
     where = f"batch {first + at}: {told[at]}"
     message = (f"stopped at step {status.step} (epoch {status.epoch}): the loss is {float(outcome.loss):g}, the gradient's norm "
                f"{float(outcome.norm):g}: {where}. The weights are those before this step.")
@@ -293,16 +294,15 @@ class Loop:
     def run(self) -> History:
         """Trains; returns the history. Whatever happens, listeners clean up and the status tells how it ended."""
         status, model = self.parts.status, self.parts.compute.model
-        modes = [(module, module.training) for module in model.modules()]
         try:
-            with signals_stop(self.parts.controls), self.parts.compute.precision.settings(), self.parts.step.settings():
-                self._fit(model)
+            with (signals_stop(self.parts.controls), self.parts.compute.precision.settings(), self.parts.step.settings(),
+                  keeping_modes(model)): self._fit(model)
         except BaseException as error:
             status.state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             status.message = f"{type(error).__name__}: {error}"
-            for late in self._end(modes): error.add_note(f"while cleaning up: {late!r}")
+            for late in self._end(): error.add_note(f"while cleaning up: {late!r}")
             raise
-        for late in self._end(modes): raise late
+        for late in self._end(): raise late
         return self.parts.history
 
     def _fit(self, model: torch.nn.Module) -> None:
@@ -314,11 +314,10 @@ class Loop:
         if not self.lookout.stopping: status.state = "completed"
         self.parts.events.emit("on_fit_end")
 
-    def _end(self, modes: list[tuple[torch.nn.Module, bool]]) -> list[BaseException]:
+    def _end(self) -> list[BaseException]:
         """Puts everything back; returns the errors of listeners that could not."""
         for parameter in self.parts.step.parameters: parameter.grad = None
         self.parts.compute.output = self.parts.compute.heard = None
         self.lookout.settle(wait=True)
-        for module, mode in modes: module.training = mode
         self.lookout.write()
         return clean_up(self.parts.events)

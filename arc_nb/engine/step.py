@@ -6,7 +6,7 @@ Docs: https://arc-nb.github.io/arc_nb/engine/step.html.md"""
 
 # %% auto #0
 __all__ = ['SMALL', 'Computation', 'check_loss', 'gradients', 'norm_of', 'clip', 'Outcome', 'norm_statistics', 'Step',
-           'ClosureStep', 'make_step', 'evaluating', 'evaluate']
+           'ClosureStep', 'make_step', 'keeping_modes', 'evaluating', 'evaluate']
 
 # %% ../../nbs/engine/10_step.ipynb #9c7862f4
 import math
@@ -237,15 +237,23 @@ def make_step(
 
 # %% ../../nbs/engine/10_step.ipynb #4666e9c9
 @contextmanager
+def keeping_modes(
+    model: nn.Module,
+) -> Iterator[None]:
+    """Afterwards each module is back in the mode, training or evaluation, that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try: yield
+    finally:
+        for module, mode in modes: module.training = mode
+
+@contextmanager
 def evaluating(
     model: nn.Module,
 ) -> Iterator[None]:
     """Evaluation mode inside; each module's own mode comes back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try: yield
-    finally:
-        for module, mode in modes: module.training = mode
+    with keeping_modes(model):
+        model.eval()
+        yield
 
 # %% ../../nbs/engine/10_step.ipynb #0ca33e03
 @torch.no_grad()
