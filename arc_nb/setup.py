@@ -6,7 +6,7 @@ Docs: https://arc-nb.github.io/arc_nb/setup.html.md"""
 
 # %% auto #0
 __all__ = ['check_whole', 'check_numbers', 'make_goal', 'check_choices', 'warn_unused', 'make_objective', 'check_schedule',
-           'make_metrics', 'seeded', 'about', 'Materials', 'Setup']
+           'make_metrics', 'about', 'Materials', 'Setup']
 
 # %% ../nbs/40_setup.ipynb #68944f7c
 import warnings
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from .engine.batches import Batch, LoaderBatches, TensorBatches, hold_out, make_batches
-from .engine.checkpoint import random_state, seed_all, set_random_state
 from .engine.goal import Every, Goal, seconds
 from .engine.loop import Parts
 from .engine.objectives import objective, penalty
 from .engine.optimizers import optimizer as make_optimizer
 from .engine.precision import Precision, pick_device
 from .engine.probe import probe
+from .engine.randomness import seeded
 from .engine.rates import schedule as make_schedule
 from .engine.rates import set_lr
 from .engine.step import Computation, Step, make_step
@@ -144,16 +144,6 @@ def make_metrics(
     return built
 
 # %% ../nbs/40_setup.ipynb #2e2effb0
-@contextmanager
-def seeded(
-    seed: int,  # any whole number
-) -> Iterator[None]:
-    """Inside it Python, numpy and torch are seeded; afterwards their generators go on as if nothing had been."""
-    before = random_state()
-    seed_all(seed)
-    try: yield
-    finally: set_random_state(before)
-
 @contextmanager
 def about(
     what: str,  # "train", "valid", ...

@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
-from .engine.batches import keyed_seed
 from .engine.callbacks import Checkpoints
-from .engine.checkpoint import random_state, read, restore
+from .engine.checkpoint import read, restore
 from .engine.controls import Controls, positive
 from .engine.events import Callback, Events, check_callback, order_table
 from .engine.goal import Goal
 from .engine.history import History, Status
 from .engine.loop import Loop
 from .engine.probe import summary
+from .engine.randomness import keyed_seed, random_state, seeded
 from .engine.step import evaluate
 from .runs import Source, describe, open_folder
-from .setup import Setup, check_choices, check_numbers, make_goal, seeded, warn_unused
+from .setup import Setup, check_choices, check_numbers, make_goal, warn_unused
 from .using import export_model, predict, read_model, save_model
 
 # %% ../nbs/41_trainer.ipynb #c00a44a2

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from .engine.batches import Batch, inputs_of, is_nested, opened
 from .engine.checkpoint import read, write
+from .engine.randomness import seeded
 from .engine.step import evaluating
-from .setup import Setup, seeded
+from .setup import Setup
 
 # %% ../nbs/40b_using.ipynb #90dc6939
 def takes(
