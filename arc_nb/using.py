@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .engine.batches import Batch, inputs_of, is_nested, opened
-from .engine.checkpoint import read, write
+from .engine.packing import read_file, write_file
 from .engine.randomness import seeded
 from .engine.step import evaluating
 from .setup import Setup
@@ -113,18 +113,20 @@ def save_model(
     given: Mapping[str, Any],  # the settings of a Trainer, with its model
     **where: int,  # step and epoch
 ) -> Path:
-    """Writes weights and settings into one file."""
+    """Writes weights and settings into one file, in one move; OSError leaves what was there before."""
     settings_ = {k: given[k] for k in KEPT if storable(given[k])}
     objects = {k: repr(given[k]) for k in KEPT if not storable(given[k])}
-    return write(path, {"model": given["model"].state_dict(), "settings": settings_, "objects": objects, **where})
+    return write_file(path, {"model": given["model"].state_dict(), "settings": settings_, "objects": objects, **where})
 
 def read_model(
     path: str | Path,  # of the file
     again: Mapping[str, Any],  # settings that are given now, and go before the saved ones
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and settings. FileNotFoundError; ValueError for another kind of file, or with the code that has to be given again."""
-    saved = read(path)
-    if "settings" not in saved: raise ValueError(f"{path} is a checkpoint of a run, not a saved model: use trainer.restore(path)")
+    """Weights and settings. FileNotFoundError; ValueError for a damaged or another file, or with the code that has to be given again."""
+    if Path(path).is_dir(): raise ValueError(f"{path} is a folder, not a saved model: trainer.restore(path) takes checkpoints")
+    saved = read_file(path)
+    if not isinstance(saved, dict) or "settings" not in saved:
+        raise ValueError(f"{path} is a checkpoint of a run, not a saved model: use trainer.restore(path)")
     missing = [f"{k}= (it was {v})" for k, v in saved["objects"].items() if k not in again]
     if missing: raise ValueError(f"{path} cannot hold code: give it again, as an argument of load: {', '.join(missing)}")
     return saved["model"], {**saved["settings"], **again}

@@ -161,7 +161,8 @@ def write_checkpoint(
 ) -> Path:
     """Writes a checkpoint and returns its folder; OSError leaves the others as they are, TypeError names what cannot be stored."""
     folder = Path(folder)
-    if not isinstance(metadata.get("step"), int): raise ValueError(f"metadata={metadata} needs the step, a whole number: it is in the folder's name")
+    if not isinstance(metadata.get("step"), int):
+        raise ValueError(f"metadata={metadata} lacks the step, a whole number: the folder's name")
     if not folder.is_dir(): folder.mkdir(); flush_folder(folder.parent)
     aside = folder / f".tmp-{os.getpid()}-{time.time_ns()}"
     try:

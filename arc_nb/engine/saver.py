@@ -66,7 +66,8 @@ class Saver:
         sign: int = -1,  # 1 where more is better, -1 where less is
         compress: bool = False,
     ):
-        if last < 1 or best < 0: raise ValueError(f"last={last}, best={best}: last is 1 or more, as the newest is always kept, and best 0 or more")
+        if last < 1 or best < 0:
+            raise ValueError(f"last={last}, best={best}: last is at least 1 (the newest is always kept), best at least 0")
         self.folder, self.compress = Path(folder), compress
         self.keep: dict[str, Any] = {"last": last, "best": best, "monitor": monitor, "sign": sign}
         self.latest: Path | None = None  # the last checkpoint that is written and verified
