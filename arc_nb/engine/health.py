@@ -9,6 +9,7 @@ __all__ = ['SECONDS', 'is_own', 'depth', 'calls', 'place', 'awaits_workers', 'wh
 
 # %% ../../nbs/engine/11c_health.ipynb #8a1c1410
 import linecache
+import math
 import sys
 import sysconfig
 import threading
@@ -72,7 +73,7 @@ def where(
 ) -> str:
     """Where a thread is, in words."""
     seen = next((k for k, call in enumerate(stack) if is_own(call[0]) or awaits_workers(call)), None)
-    if not stack: return "it is between two steps"
+    if not stack: return "its thread has ended"
     if seen is None: return f"it is in {place(stack[0])}"
     if not awaits_workers(stack[seen]): return f"it is in {place(stack[seen])}"
     own = next((call for call in stack[seen:] if is_own(call[0])), None)
@@ -85,25 +86,24 @@ class Watchdog:
     """Tells where the thread that entered it is, when `progress` has not changed for some time."""
     def __init__(
         self,
-        seconds: float,  # that a step may take
+        seconds: float | None,  # that a step may take; None: nobody watches
         progress: Callable[[], Any],  # compared with ==; None while the run is paused
         report: Callable[[str], None],  # told, in the watchdog's own thread
     ):
-        if not seconds > 0: raise ValueError(f"seconds={seconds!r} has to be a positive number, such as {SECONDS:g}")
-        self.seconds, self.progress, self.report = seconds, progress, report
-        self.pause = min(1.0, seconds / 4)  # between two looks
-        self.stalls = 0  # told so far
+        if seconds is not None and not seconds > 0: raise ValueError(f"seconds={seconds!r} has to be positive, such as {SECONDS:g}, or None")
+        self.seconds, self.progress, self.report = seconds or math.inf, progress, report
+        self.pause = min(1.0, self.seconds / 4)  # between two looks
+        self.thread: threading.Thread | None = None
 
     def __enter__(self) -> "Watchdog":
-        self.watched, self.outside = threading.get_ident(), depth(sys._getframe(1))
-        self.over = threading.Event()
+        if self.seconds == math.inf: return self
+        self.watched, self.outside, self.over = threading.get_ident(), depth(sys._getframe(2)), threading.Event()
         self.thread = threading.Thread(target=self._watch, name="arc_nb watchdog", daemon=True)
         self.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.over.set()
-        self.thread.join()
+        if self.thread: self.over.set(); self.thread.join()
 
     def _watch(self) -> None:
         last, still, told, looked = self.progress(), 0.0, False, time.monotonic()
@@ -114,5 +114,4 @@ class Watchdog:
             if still >= self.seconds and not told: told = True; self._tell()
 
     def _tell(self) -> None:
-        self.stalls += 1
         self.report(f"no step has ended for {self.seconds:g} s: {where(calls(sys._current_frames().get(self.watched), self.outside))}")
