@@ -148,7 +148,7 @@ def write_parts(
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.")}
     tensor_part(folder / "model.safetensors", weights, {"format": "pt", **aliases(structure)}, files, compress)
     tensor_part(folder / "state.safetensors", rest, {"format": "pt"}, files, compress)
-    with part(folder / "state.json", files) as file: file.write(canonical(structure).encode())
+    with part(folder / "state.json", files) as file: file.write(json.dumps(structure, separators=(",", ":")).encode())
     told = json.loads(json.dumps({"format": FORMAT, "versions": versions(), **metadata}), parse_constant=lambda name: None)
     with part(folder / "metadata.json", files) as file: file.write(json.dumps(told, indent=1).encode())
     return files
@@ -261,8 +261,9 @@ def metadata_of(
 def newest_good(
     folder: str | Path,  # the checkpoints of a run
 ) -> Path | None:
-    """The newest checkpoint that is whole."""
-    return next(filter(is_good, listed(folder)), None)
+    """The newest checkpoint that is whole; a RuntimeWarning names each damaged one that may be newer."""
+    unreadable_first = sorted(listed(folder), key=lambda path: number_of(path) > 0)  # nobody knows how new they are
+    return next(filter(is_good, unreadable_first), None)
 
 # %% ../../nbs/engine/09_checkpoint.ipynb #c75d3c24
 def scores(

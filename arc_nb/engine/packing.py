@@ -127,7 +127,7 @@ def unpack(
     """The state again."""
     if isinstance(structure, list): return [unpack(v, tensors) for v in structure]
     if not isinstance(structure, dict): return structure
-    kind, inside = next(iter(structure.items()))
+    kind, inside = next(iter(structure.items()), ("", None))
     if kind == "dict": return {k: unpack(v, tensors) for k, v in inside.items()}
     if kind == "items": return {unpack(k, tensors): unpack(v, tensors) for k, v in inside}
     if kind == "tuple": return tuple(unpack(v, tensors) for v in inside)
