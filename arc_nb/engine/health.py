@@ -90,14 +90,14 @@ class Watchdog:
         progress: Callable[[], Any],  # compared with ==; None while the run is paused
         report: Callable[[str], None],  # told, in the watchdog's own thread
     ):
-        if seconds is not None and not seconds > 0: raise ValueError(f"seconds={seconds!r} has to be positive, such as {SECONDS:g}, or None")
+        if seconds is not None and not seconds > 0: raise ValueError(f"seconds={seconds!r} has to be above 0, such as {SECONDS:g}, or None")
         self.seconds, self.progress, self.report = seconds or math.inf, progress, report
         self.pause = min(1.0, self.seconds / 4)  # between two looks
         self.thread: threading.Thread | None = None
 
     def __enter__(self) -> "Watchdog":
         if self.seconds == math.inf: return self
-        self.watched, self.outside, self.over = threading.get_ident(), depth(sys._getframe(2)), threading.Event()
+        self.watched, self.outside, self.over = threading.get_ident(), depth(sys._getframe(1).f_back), threading.Event()
         self.thread = threading.Thread(target=self._watch, name="arc_nb watchdog", daemon=True)
         self.thread.start()
         return self
