@@ -8,7 +8,8 @@ Docs: https://arc-nb.github.io/arc_nb/engine/loaders.html.md"""
 __all__ = ['TOO_FEW', 'Batch', 'unpack', 'inputs_of', 'is_nested', 'opened', 'count_rows', 'to_device', 'KeyedItems',
            'gives_many', 'DatasetReader', 'ListReader', 'LoaderBatches', 'make_loader', 'read_dataset']
 
-# %% ../../nbs/engine/03a_loaders.ipynb #5f280834
+# %% ../../nbs/engine/03a_loaders.ipynb #4e07be5d
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -19,10 +20,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from .randomness import forked, item_seed, keyed_seed, permutation, seed_item
-from .replay import Replay, first_of, sized
+from .replay import Replay, first_of, generators_of, put_back, sized, states_of
 from .tensors import from_array
 
-# %% ../../nbs/engine/03a_loaders.ipynb #4a639b53
+# %% ../../nbs/engine/03a_loaders.ipynb #9048c1a1
 class Batch(NamedTuple):
     """What one call of the model and the loss needs."""
     inputs: tuple | dict  # positional, or by keyword
@@ -31,7 +32,7 @@ class Batch(NamedTuple):
     rows: int
     raw: Any = None  # as the data gave it, on the device: what a custom step is given
 
-# %% ../../nbs/engine/03a_loaders.ipynb #b8815354
+# %% ../../nbs/engine/03a_loaders.ipynb #22c32b93
 def unpack(
     raw: Any,  # a batch as the data give it
     target: str = "y",  # the key of the target in a dict
@@ -78,7 +79,7 @@ def opened(
     """The inputs in it, by keyword or by position."""
     return dict(part) if isinstance(part, Mapping) else tuple(part)
 
-# %% ../../nbs/engine/03a_loaders.ipynb #4e810b82
+# %% ../../nbs/engine/03a_loaders.ipynb #0db6d256
 def count_rows(
     raw: Any,  # a tensor, or tuples, lists and dicts of them
 ) -> int:
@@ -88,7 +89,7 @@ def count_rows(
         return count_rows(part)
     return 1
 
-# %% ../../nbs/engine/03a_loaders.ipynb #c624fb49
+# %% ../../nbs/engine/03a_loaders.ipynb #547d6018
 def to_device(
     raw: Any,  # tensors and arrays in tuples, lists and dicts
     device: torch.device,
@@ -102,7 +103,7 @@ def to_device(
     if isinstance(raw, (tuple, list)): return type(raw)(to_device(v, device) for v in raw)
     return raw
 
-# %% ../../nbs/engine/03a_loaders.ipynb #25679e69
+# %% ../../nbs/engine/03a_loaders.ipynb #b064e8e0
 class KeyedItems(Dataset):
     """A data set whose items depend on (seed, epoch, index), whoever reads them."""
     def __init__(
@@ -135,7 +136,7 @@ def gives_many(
     if isinstance(data, Subset) and type(data).__getitems__ is Subset.__getitems__: return gives_many(data.dataset)
     return callable(getattr(data, "__getitems__", None))
 
-# %% ../../nbs/engine/03a_loaders.ipynb #fcdc81ca
+# %% ../../nbs/engine/03a_loaders.ipynb #9f0c63f6
 class DatasetReader:
     """Raw batches of a map-style data set, by torch's DataLoader, in the keyed order."""
     keyed = True
@@ -174,13 +175,22 @@ class DatasetReader:
 
     def read(self, number: int = 1, start: int = 0) -> Iterator:
         """The batches of an epoch from `start` on; nothing before it is read."""
+        if start and self.options["num_workers"] and generators_of(self.data):
+            warnings.warn(_OWN.format(what=self.what, kind=type(self.data).__name__), UserWarning, stacklevel=3)
         return iter(self.loader(number, start))
 
-    def state_dict(self) -> dict: return {}
+    def state_dict(self) -> dict:
+        """The generators that the data set holds, for items that draw from them."""
+        return {"generators": states} if (states := states_of(self.data)) else {}
 
-    def load_state_dict(self, state: dict) -> None: pass
+    def load_state_dict(self, state: dict) -> None:
+        """Puts them back."""
+        put_back(self.data, state.get("generators", []))
 
-# %% ../../nbs/engine/03a_loaders.ipynb #1b65724c
+_OWN = ("{what}: a {kind} holds a generator of its own, and what its worker processes drew from it cannot be had again from the middle of "
+        "an epoch; numbers drawn from random, numpy.random or torch can")
+
+# %% ../../nbs/engine/03a_loaders.ipynb #1332c5b0
 class ListReader:
     """Raw batches that lie in a list or tuple, in its order."""
     keyed = True
@@ -206,7 +216,7 @@ class ListReader:
 
     def load_state_dict(self, state: dict) -> None: pass
 
-# %% ../../nbs/engine/03a_loaders.ipynb #cb269ebb
+# %% ../../nbs/engine/03a_loaders.ipynb #781ff64a
 class LoaderBatches:
     """Batches of a Dataset, a DataLoader or any iterable, moved to the device one by one."""
     def __init__(
@@ -263,7 +273,7 @@ class LoaderBatches:
         """Remembers the place for the next `epoch`, which comes back to it."""
         self.reader.load_state_dict(state)
 
-# %% ../../nbs/engine/03a_loaders.ipynb #502672e1
+# %% ../../nbs/engine/03a_loaders.ipynb #6ad762dd
 def make_loader(
     data: Any,  # a Dataset, a DataLoader or an iterable of batches
     batch_size: int,  # of a Dataset, as all that follows
@@ -282,6 +292,7 @@ def make_loader(
     elif isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
         raise TypeError(f"{what} is a {type(data).__name__}; it has to be a tuple of arrays, tensors or frames, a Dataset, "
                         "a DataLoader or an iterable of batches")
+    elif isinstance(data, DataLoader): reader = Replay(data, seed, what)
     elif sized(data) and not len(data):  # type: ignore[arg-type]
         raise ValueError(f"{what} has no batches: the {type(data).__name__} is empty")
     else: reader = ListReader(data, what) if isinstance(data, (list, tuple)) else Replay(data, seed, what)
