@@ -48,7 +48,7 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, dict): return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
     if not isinstance(a, torch.Tensor): return a == b or (a != a and b != b)
-    raw = lambda t: t.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    raw = lambda t: t.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(raw(a), raw(b))
 
 
@@ -77,14 +77,17 @@ VALUES = {
     "nested": {"tuple": (1, (2, [3, (4,)])), "list": [{"x": (1,)}]},
     "keys": {0: {"exp_avg": torch.ones(2)}, 1: {}, (1, "a"): 2, None: 3, 2.5: 4, b"k": 5, True + 7: 6},
     "dtypes": [torch.ones(3).to(dtype) for dtype in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-        torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.complex128)],
-    "shapes": [torch.tensor(3.5), torch.empty(0), torch.empty(2, 0, 3), torch.ones(1, 1), torch.tensor(1 + 1j), torch.arange(24).view(2, 3, 4)],
-    "not contiguous": [torch.arange(6).view(2, 3).T, torch.arange(10)[::3], torch.ones(3).expand(2, 3), torch.randn(2, 4, 4, 3).permute(0, 3, 1, 2)],
+        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
+        torch.bool, torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.complex128)],
+    "shapes": [torch.tensor(3.5), torch.empty(0), torch.empty(2, 0, 3), torch.ones(1, 1), torch.tensor(1 + 1j),
+               torch.arange(24).view(2, 3, 4)],
+    "not contiguous": [torch.arange(6).view(2, 3).T, torch.arange(10)[::3], torch.arange(10.0)[::3][1:2],
+                       torch.ones(3).expand(2, 3), torch.randn(2, 4, 4, 3).permute(0, 3, 1, 2)],
     "views": (lambda t: [t[:5], t[3:8], t])(torch.arange(10.0)),
     "conjugate": [torch.tensor([1 + 2j, 3 - 1j]).conj(), torch.tensor([1 + 2j]).conj().imag],
     "special": [torch.tensor([math.inf, -math.inf, math.nan, -0.0])],
-    "names": {"a.b": torch.ones(1), "a": {"b": torch.zeros(1)}, "__metadata__": torch.full((1,), 2.0), "": torch.full((1,), 3.0), "tensor": {"dict": 1}},
+    "names": {"a.b": torch.ones(1), "a": {"b": torch.zeros(1)}, "__metadata__": torch.full((1,), 2.0), "": torch.full((1,), 3.0),
+              "tensor": {"dict": 1}},
 }
 
 
@@ -97,7 +100,7 @@ def test_what_is_saved_comes_back_with_its_types_and_bits(name: str, tmp_path: P
 def test_a_trained_state_goes_back_into_model_and_optimizer(tmp_path: Path):
     state = trained()
     for back in saved_and_read(state, tmp_path):
-        assert list(back) == list(state) and same(back["optimizer"], state["optimizer"]) and same(dict(back["model"]), dict(state["model"]))
+        assert list(back) == list(state) and same(back["optimizer"], state["optimizer"]) and same(back["model"], dict(state["model"]))
         model = net(seed=1)
         model.load_state_dict(back["model"])
         torch.optim.AdamW(model.parameters()).load_state_dict(back["optimizer"])
@@ -107,8 +110,8 @@ def test_numpy_and_subclasses_come_back_as_plain_types(tmp_path: Path):
     state = {"array": np.arange(3)[::-1], "zero": np.array(2.5), "frozen": np.broadcast_to(np.float32(1), (2,)), "number": np.float32(0.5),
              "flag": np.bool_(True), "counts": Counter("aab"), "ordered": OrderedDict(b=1, a=2), "size": torch.Size([1, 2])}
     for back in saved_and_read(state, tmp_path):
-        assert same(back, {"array": torch.tensor([2, 1, 0]), "zero": torch.tensor(2.5, dtype=torch.float64), "frozen": torch.ones(2), "number": 0.5,
-                           "flag": True, "counts": {"a": 2, "b": 1}, "ordered": {"b": 1, "a": 2}, "size": (1, 2)})
+        assert same(back, {"array": torch.tensor([2, 1, 0]), "zero": torch.tensor(2.5, dtype=torch.float64), "frozen": torch.ones(2),
+                           "number": 0.5, "flag": True, "counts": {"a": 2, "b": 1}, "ordered": {"b": 1, "a": 2}, "size": (1, 2)})
 
 
 def test_tied_weights_are_stored_once_and_come_back_as_one(tmp_path: Path):
@@ -139,8 +142,8 @@ def test_weights_can_be_read_by_safetensors_alone(tmp_path: Path):
 
 @pytest.mark.parametrize("value, words", [
     (lambda: 0, "callbacks.0.thing is a function"), (torch.eye(2).to_sparse(), "not dense"), (torch.empty(2, device="meta"), "not dense"),
-    (np.array([None]), "an array of object"), (Path("x"), "PosixPath"), ({1, 2}, "a set"), (torch.float32, "a dtype"), (nn.Linear(1, 1), "a Linear"),
-    ({Path("a"): 1}, "its key PosixPath('a')"), (np.datetime64("2020-01-01"), "a date"), (np.array(["word"]), "an array of <U4")])
+    (np.array([None]), "an array of object"), (Path("x"), "PosixPath"), ({1, 2}, "a set"), (torch.float32, "a dtype"),
+    (nn.Linear(1, 1), "a Linear"), ({Path("a"): 1}, "its key PosixPath('a')"), (np.datetime64("2020-01-01"), "a date"), (np.array(["word"]), "an array of <U4")])
 def test_what_cannot_be_stored_is_named_by_its_place(value: Any, words: str, tmp_path: Path):
     state = {"callbacks": [{"thing": value}]}
     saver = Saver(tmp_path / "checkpoints")
@@ -253,7 +256,8 @@ def gifts(marker: Path, home: Path) -> list[bytes]:
 def forged(path: Path) -> None:
     "A manifest that fits the files as they are now."
     from hashlib import sha256
-    entries = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p.read_bytes()).hexdigest()} for p in path.iterdir() if p.name != "manifest.json"}
+    contents = {p.name: p.read_bytes() for p in path.iterdir() if p.name != "manifest.json"}
+    entries = {name: {"bytes": len(data), "sha256": sha256(data).hexdigest()} for name, data in contents.items()}
     (path / "manifest.json").write_text(sealed({"format": FORMAT, "number": 1, "files": entries}))
 
 
@@ -263,7 +267,7 @@ def test_a_crafted_pickle_in_place_of_any_file_of_a_checkpoint_runs_nothing(comp
     path = write_checkpoint(tmp_path / "checkpoints", trained(), {"step": 1}, compress)
     contents = {p: p.read_bytes() for p in path.iterdir()}
     for gift in gifts(marker, tmp_path):
-        for file, good in contents.items():
+        for file in contents:
             file.write_bytes(gift)
             with pytest.raises(ValueError): read_checkpoint(path)
             if file.name != "manifest.json":
@@ -285,8 +289,8 @@ def test_a_crafted_pickle_in_place_of_a_file_runs_nothing(tmp_path: Path):
         assert not marker.exists()
 
 
-@pytest.mark.parametrize("structure", ['{"os.system": "true"}', '{"tensor": "nothing"}', '{"tuple": 5}', '{"items": [[{"dict": {}}, 1]]}', "[" * 100_000,
-                                       '{"float": "1; 2"}', '{"bytes": 3}', "{}", '{"complex": ["a"]}'])
+@pytest.mark.parametrize("structure", ['{"os.system": "true"}', '{"tensor": "nothing"}', '{"tuple": 5}', '{"items": [[{"dict": {}}, 1]]}',
+                                       "[" * 100_000, '{"float": "1; 2"}', '{"bytes": 3}', "{}", '{"complex": ["a"]}'])
 def test_crafted_json_is_refused(structure: str, tmp_path: Path):
     path = write_checkpoint(tmp_path, {"model": {}}, {"step": 1})
     (path / "state.json").write_text(structure)
@@ -295,8 +299,10 @@ def test_crafted_json_is_refused(structure: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("header", [
-    {"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}, {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
-    {"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}, {"a": {"dtype": "os", "shape": [1], "data_offsets": [0, 4]}}, {"a": 5}, [], 7,
+    {"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}},
+    {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
+    {"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}, {"a": {"dtype": "os", "shape": [1], "data_offsets": [0, 4]}},
+    {"a": 5}, [], 7,
     {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, -4]}}, None])
 def test_crafted_headers_are_refused(header: Any, tmp_path: Path):
     path = write_checkpoint(tmp_path, {"model": {}}, {"step": 1})
@@ -369,7 +375,8 @@ def disk(tmp_path: Path) -> Any:
     "A disk of 4 MB, and a function that makes it read-only; a folder that chmod protects where nothing may be mounted."
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = not os.getuid() and not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True).returncode
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder]
+    mounted = not os.getuid() and not subprocess.run(mount, capture_output=True).returncode
     def protect(on: bool) -> None:
         if mounted: subprocess.run(["mount", "-o", f"remount,{'ro' if on else 'rw'}", folder], check=True)
         else: folder.chmod(0o500 if on else 0o700)
@@ -433,10 +440,10 @@ def test_a_write_that_fails_in_the_middle(what: str, tmp_path: Path, monkeypatch
 
 # ---- which are kept ----
 
-def several(folder: Path, losses: list[float | None], **settings: Any) -> list[Path]:
+def several(folder: Path, losses: list[float | None]) -> list[Path]:
     "A checkpoint a loss."
-    return [write_checkpoint(folder, {"model": {"step": torch.tensor(k)}}, {"step": k} | ({} if loss is None else {"monitors": {"valid_loss": loss}}))
-            for k, loss in enumerate(losses, start=1)]
+    told = [{} if loss is None else {"monitors": {"valid_loss": loss}} for loss in losses]
+    return [write_checkpoint(folder, {"model": {"step": torch.tensor(k)}}, {"step": k, **more}) for k, more in enumerate(told, start=1)]
 
 
 def test_the_newest_goes_by_number_not_by_name_or_clock(tmp_path: Path):
@@ -467,7 +474,8 @@ def test_a_damaged_one_is_left_where_it_is(name: str, tmp_path: Path):
     with named if name == "manifest.json" else contextlib.nullcontext():  # it may be the newest: nobody knows
         assert newest_good(tmp_path) == paths[3]
     removed = prune(tmp_path, last=1, best=0)
-    assert removed == [paths[2], paths[1]] and set(listed(tmp_path)) == {paths[0], paths[3]} and (paths[0] / name).read_bytes() == data[:-1] + b"x"
+    assert removed == [paths[2], paths[1]] and set(listed(tmp_path)) == {paths[0], paths[3]}
+    assert (paths[0] / name).read_bytes() == data[:-1] + b"x"
     for p in paths[3].iterdir(): p.write_bytes(b"")
     with pytest.warns(RuntimeWarning) as caught: assert newest_good(tmp_path) is None
     assert len(caught) == 2 and len(listed(tmp_path)) == 2
@@ -496,7 +504,8 @@ def test_one_that_turns_out_damaged_removes_nothing(tmp_path: Path, monkeypatch:
     saver.save({"model": {"weight": torch.ones(3)}}, {"step": 2})
     saver.wait()
     error = saver.take_error()
-    assert isinstance(error, ValueError) and "step-00000002/model.safetensors is damaged" in str(error) and saver.latest.name == "step-00000001"
+    assert isinstance(error, ValueError) and "step-00000002/model.safetensors is damaged" in str(error)
+    assert saver.latest.name == "step-00000001"
     with pytest.warns(RuntimeWarning, match="step-00000002"): assert newest_good(tmp_path) == saver.latest
     monkeypatch.undo()
     assert tried(saver, 3) is None and {p.name for p in listed(tmp_path)} == {"step-00000003", "step-00000002"}
@@ -553,7 +562,9 @@ def test_a_program_that_ends_waits_for_its_last_checkpoint(tmp_path: Path, call:
 
 # ---- other formats ----
 
-def test_there_is_a_file_of_every_format(): assert {str(k) for k in range(1, FORMAT + 1)} <= {p.name.split("-")[0].split(".")[0] for p in FORMATS.iterdir()}
+def test_there_is_a_checkpoint_and_a_model_of_every_format():
+    names = {p.name.split(".")[0] for p in FORMATS.iterdir()}
+    for number in range(1, FORMAT + 1): assert {f"{number}", f"{number}-model"} <= names
 
 
 @pytest.mark.parametrize("name", ["1.pt", "2", "2-compressed"])

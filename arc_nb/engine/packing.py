@@ -163,7 +163,7 @@ def raw(
 ) -> memoryview:
     """Its bytes, where they lie; a tensor from a device, or with gaps, is copied first."""
     flat = tensor.detach().cpu().resolve_neg().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data  # a single number may have any stride
 
 def write_tensors(
     file: Sink,
