@@ -8,7 +8,7 @@ Docs: https://arc-nb.github.io/arc_nb/engine/loaders.html.md"""
 __all__ = ['TOO_FEW', 'Batch', 'unpack', 'inputs_of', 'is_nested', 'opened', 'count_rows', 'to_device', 'KeyedItems',
            'gives_many', 'DatasetReader', 'ListReader', 'LoaderBatches', 'make_loader', 'read_dataset']
 
-# %% ../../nbs/engine/03a_loaders.ipynb #4e07be5d
+# %% ../../nbs/engine/03a_loaders.ipynb #17fd1e7c
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -23,7 +23,7 @@ from .randomness import forked, item_seed, keyed_seed, permutation, seed_item
 from .replay import Replay, first_of, generators_of, put_back, sized, states_of
 from .tensors import from_array
 
-# %% ../../nbs/engine/03a_loaders.ipynb #9048c1a1
+# %% ../../nbs/engine/03a_loaders.ipynb #660f8062
 class Batch(NamedTuple):
     """What one call of the model and the loss needs."""
     inputs: tuple | dict  # positional, or by keyword
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     rows: int
     raw: Any = None  # as the data gave it, on the device: what a custom step is given
 
-# %% ../../nbs/engine/03a_loaders.ipynb #22c32b93
+# %% ../../nbs/engine/03a_loaders.ipynb #97a16ac9
 def unpack(
     raw: Any,  # a batch as the data give it
     target: str = "y",  # the key of the target in a dict
@@ -79,7 +79,7 @@ def opened(
     """The inputs in it, by keyword or by position."""
     return dict(part) if isinstance(part, Mapping) else tuple(part)
 
-# %% ../../nbs/engine/03a_loaders.ipynb #0db6d256
+# %% ../../nbs/engine/03a_loaders.ipynb #80523b9a
 def count_rows(
     raw: Any,  # a tensor, or tuples, lists and dicts of them
 ) -> int:
@@ -89,7 +89,7 @@ def count_rows(
         return count_rows(part)
     return 1
 
-# %% ../../nbs/engine/03a_loaders.ipynb #547d6018
+# %% ../../nbs/engine/03a_loaders.ipynb #e1237f0d
 def to_device(
     raw: Any,  # tensors and arrays in tuples, lists and dicts
     device: torch.device,
@@ -103,7 +103,7 @@ def to_device(
     if isinstance(raw, (tuple, list)): return type(raw)(to_device(v, device) for v in raw)
     return raw
 
-# %% ../../nbs/engine/03a_loaders.ipynb #b064e8e0
+# %% ../../nbs/engine/03a_loaders.ipynb #9bba58c2
 class KeyedItems(Dataset):
     """A data set whose items depend on (seed, epoch, index), whoever reads them."""
     def __init__(
@@ -136,7 +136,7 @@ def gives_many(
     if isinstance(data, Subset) and type(data).__getitems__ is Subset.__getitems__: return gives_many(data.dataset)
     return callable(getattr(data, "__getitems__", None))
 
-# %% ../../nbs/engine/03a_loaders.ipynb #9f0c63f6
+# %% ../../nbs/engine/03a_loaders.ipynb #52ac4cc4
 class DatasetReader:
     """Raw batches of a map-style data set, by torch's DataLoader, in the keyed order."""
     keyed = True
@@ -190,7 +190,7 @@ class DatasetReader:
 _OWN = ("{what}: a {kind} holds a generator of its own, and what its worker processes drew from it cannot be had again from the middle of "
         "an epoch; numbers drawn from random, numpy.random or torch can")
 
-# %% ../../nbs/engine/03a_loaders.ipynb #1332c5b0
+# %% ../../nbs/engine/03a_loaders.ipynb #d2536f49
 class ListReader:
     """Raw batches that lie in a list or tuple, in its order."""
     keyed = True
@@ -216,7 +216,7 @@ class ListReader:
 
     def load_state_dict(self, state: dict) -> None: pass
 
-# %% ../../nbs/engine/03a_loaders.ipynb #781ff64a
+# %% ../../nbs/engine/03a_loaders.ipynb #96020798
 class LoaderBatches:
     """Batches of a Dataset, a DataLoader or any iterable, moved to the device one by one."""
     def __init__(
@@ -273,7 +273,7 @@ class LoaderBatches:
         """Remembers the place for the next `epoch`, which comes back to it."""
         self.reader.load_state_dict(state)
 
-# %% ../../nbs/engine/03a_loaders.ipynb #6ad762dd
+# %% ../../nbs/engine/03a_loaders.ipynb #e3868883
 def make_loader(
     data: Any,  # a Dataset, a DataLoader or an iterable of batches
     batch_size: int,  # of a Dataset, as all that follows

@@ -8,7 +8,7 @@ Docs: https://arc-nb.github.io/arc_nb/engine/replay.html.md"""
 __all__ = ['KINDS', 'Reading', 'generators_of', 'states_of', 'state_of', 'put_back', 'as_arrays', 'first_of', 'sized', 'Replay',
            'come_back', 'tell']
 
-# %% ../../nbs/engine/02d_replay.ipynb #4635227a
+# %% ../../nbs/engine/02d_replay.ipynb #001b8bac
 import random
 import warnings
 from collections.abc import Iterable, Iterator
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .randomness import Stream, keyed_seed, random_state, set_random_state
 
-# %% ../../nbs/engine/02d_replay.ipynb #392851f6
+# %% ../../nbs/engine/02d_replay.ipynb #e40d33c3
 class Reading:
     """One pass over an iterable; it draws from a stream of its own, and can be looked into."""
     def __init__(
@@ -42,10 +42,10 @@ class Reading:
         if not self.ahead: self.ahead.append(next(self))
         return self.ahead[0]
 
-# %% ../../nbs/engine/02d_replay.ipynb #c7e57ac5
+# %% ../../nbs/engine/02d_replay.ipynb #651508d6
 KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
-# %% ../../nbs/engine/02d_replay.ipynb #f9a872c4
+# %% ../../nbs/engine/02d_replay.ipynb #88d6444e
 def generators_of(
     source: Any,  # a DataLoader, a data set, or anything else
 ) -> list[Any]:
@@ -90,7 +90,7 @@ def as_arrays(state: Any) -> Any:
     if isinstance(state, dict): return {name: as_arrays(part) for name, part in state.items()}
     return state.numpy() if isinstance(state, torch.Tensor) else state
 
-# %% ../../nbs/engine/02d_replay.ipynb #5ac6aec6
+# %% ../../nbs/engine/02d_replay.ipynb #19dd5ad7
 def first_of(
     loader: DataLoader,
     what: str,  # how errors call it
@@ -108,7 +108,7 @@ def sized(
     """Whether its class knows a length."""
     return hasattr(type(thing), "__len__")
 
-# %% ../../nbs/engine/02d_replay.ipynb #b31b37fe
+# %% ../../nbs/engine/02d_replay.ipynb #a02b0556
 class Replay:
     """Raw batches of any iterable; to come back to a place, what was before it is read again and dropped."""
     keyed = False
@@ -166,7 +166,7 @@ class Replay:
         """Remembers a place for the next `read`."""
         self.loaded = state or None
 
-# %% ../../nbs/engine/02d_replay.ipynb #61af7a3e
+# %% ../../nbs/engine/02d_replay.ipynb #f8cd7518
 def come_back(
     data: Replay,
     state: dict | None,  # as `state_dict` gave it
@@ -198,7 +198,7 @@ def tell(data: Replay, number: int, skip: int) -> None:
     if loader and data.source.num_workers and data.source.persistent_workers and (number > 1 or data.epoch):
         warnings.warn(_PERSISTENT.format(what=data.what), UserWarning, stacklevel=5)
 
-# %% ../../nbs/engine/02d_replay.ipynb #04846a7c
+# %% ../../nbs/engine/02d_replay.ipynb #880d59d5
 _END = object()
 _READ_ONCE = ("{what} is a generator, and it has been read to its end: give a list, a DataLoader or an object whose __iter__ begins anew, "
               "or ask for steps= within its length")
