@@ -8,7 +8,7 @@ Docs: https://arc-nb.github.io/arc_nb/engine/checkpoint.html.md"""
 __all__ = ['MANIFEST', 'USED', 'canonical', 'sealed', 'read_manifest', 'check', 'verify', 'versions', 'part', 'tensor_part',
            'model_first', 'aliases', 'write_parts', 'write_checkpoint', 'number_of', 'listed', 'sweep', 'tensors_in',
            'read_checkpoint', 'leave_out', 'is_good', 'metadata_of', 'newest_good', 'scores', 'ranked', 'best_good',
-           'remove', 'prune', 'removed', 'is_used', 'prepare_folder', 'snapshot', 'restore', 'write', 'read']
+           'remove', 'prune', 'removed', 'is_used', 'prepare_folder', 'snapshot', 'restore']
 
 # %% ../../nbs/engine/09_checkpoint.ipynb #54a94f82
 import gzip
@@ -365,24 +365,3 @@ def restore(
     """Puts a snapshot back in place: the tensors stay the same objects."""
     for name, value in module.state_dict().items():
         if name in weights: value.copy_(weights[name])
-
-# %% ../../nbs/engine/09_checkpoint.ipynb #82029751
-def write(
-    path: str | Path,  # where it is to be; its folder exists
-    state: dict[str, Any],  # plain types and tensors
-) -> Path:
-    """Writes a file of format 1 in one move; OSError leaves what was there before."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with flushed(aside) as file: torch.save({"format": 1, **state}, file)
-        aside.replace(path)
-    finally: aside.unlink(missing_ok=True)
-    return path
-
-def read(
-    path: str | Path,  # a file that `write` made
-    device: str | torch.device = "cpu",  # where its tensors are put
-) -> dict[str, Any]:
-    """What the file holds; FileNotFoundError, or ValueError for a file that is no checkpoint of ours. It runs no code."""
-    return {"format": 1, **read_file(path, device)}

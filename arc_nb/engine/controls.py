@@ -26,6 +26,7 @@ class Requests:
     """What has been asked for since the loop last looked."""
     stop: str | None = None  # how the run should be called when it has ended: stopped, interrupted, terminated
     reason: str = ""  # why, in words
+    final: bool = False  # whether a resume has nothing to add: the run decided it by itself, as early stopping does
     pause: bool = False
     save: bool = False
     lr: float | None = None
@@ -52,9 +53,9 @@ class Controls:
             for name, wish in wishes.items(): setattr(self._requests, name, wish)
             self.waiting = True
 
-    def stop(self, reason: str = "", state: str = "stopped") -> None:
-        """Ends the run after the step in progress."""
-        self._ask(stop=state, reason=reason, pause=False)
+    def stop(self, reason: str = "", state: str = "stopped", final: bool = False) -> None:
+        """Ends the run after the step in progress; with `final` it counts as finished, and a resume does not go on."""
+        self._ask(stop=state, reason=reason, final=final, pause=False)
 
     def pause(self) -> None:
         """Holds the run after the step in progress, until `resume` or `stop`."""

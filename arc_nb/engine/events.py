@@ -46,7 +46,8 @@ class Callback:
     def cleanup(self, trainer: Any) -> None: ...
 
     def state_dict(self) -> dict: return {}  # plain types and tensors: it goes into checkpoints
-    def load_state_dict(self, state: dict) -> None: ...
+    def load_state_dict(self, state: dict) -> None: ...  # after on_fit_start of a resumed run; tensors lie on the trainer's device
+    def swapped(self) -> tuple[dict, dict]: return {}, {}  # by name: weights for use, and those for training while the model has the others
 
 # %% ../../nbs/engine/00_events.ipynb #3d2a1ff0
 def check_callback(

@@ -10,7 +10,7 @@ __all__ = ['UNITS', 'seconds', 'Every', 'Goal']
 # %% ../../nbs/engine/11b_goal.ipynb #30289356
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # %% ../../nbs/engine/11b_goal.ipynb #0de64e13
 UNITS = {"s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hour": 3600, "d": 86400, "day": 86400}
@@ -66,9 +66,22 @@ class Goal:
     log_every: int = 1  # steps between two rows of the history
     valid_every: int | str | None = "1 epoch"
     tick: float = 0.25  # seconds between two looks up
+    plan: int | None = None  # epochs, or steps where epochs are not given, that schedules are planned for
 
     def total(self, length: int | None, accumulate: int) -> int | None:
         """Optimizer steps in all, where the number of batches an epoch is known."""
         if length is not None and self.limit_batches: length = min(length, self.limit_batches)
-        by_epochs = self.epochs * -(-length // accumulate) if self.epochs is not None and length is not None else None
+        by_epochs = max(0, self.epochs) * -(-length // accumulate) if self.epochs is not None and length is not None else None
         return min((n for n in (by_epochs, self.steps) if n is not None), default=None)
+
+    def horizon(self, length: int | None, accumulate: int) -> int | None:
+        """Optimizer steps that a schedule is planned for."""
+        if self.plan is None: return self.total(length, accumulate)
+        ahead = {"epochs": self.plan, "steps": None} if self.epochs is not None else {"steps": self.plan}
+        return replace(self, **ahead, plan=None).total(length, accumulate)  # type: ignore[arg-type]
+
+    def since(self, epochs: int, steps: int) -> "Goal":
+        """The goal of a run, counted from where its present fit began."""
+        less = lambda number, done: None if number is None else number - done
+        return replace(self, epochs=less(self.epochs, epochs), steps=less(self.steps, steps),
+                       plan=less(self.plan, epochs if self.epochs is not None else steps))

@@ -131,10 +131,18 @@ class Columns:
 
     def latest(self, name: str) -> float | None:
         """The newest value by its column name in `epochs()`, such as "train_loss" or "valid_accuracy"; None if there is none."""
+        found = self._by_column(name)
+        return found.value[-1] if found else None
+
+    def measured(self, name: str, step: int) -> float | None:
+        """The newest value by its column name, where it belongs to the weights after `step`; else None."""
+        found = self._by_column(name)
+        return found.value[-1] if found and found.step[-1] == step else None
+
+    def _by_column(self, name: str) -> Series | None:
         split, _, short = name.partition("_")
-        for key in (("epoch", name), (split, short), ("train", name)):
-            if key in self.series_by_name: return self.series_by_name[key].value[-1]
-        return None
+        keys = (("epoch", name), (split, short), ("train", name))
+        return next((self.series_by_name[key] for key in keys if key in self.series_by_name), None)
 
 # %% ../../nbs/engine/01_history.ipynb #3b09e53c
 def long_frame(
@@ -253,8 +261,8 @@ class History(Columns):
         for line in lines: self._add(*from_line(line)); self._put(line)  # type: ignore[misc]
         self._lines = []
         if self.position() != dict(position):
-            warnings.warn(f"{self.path} is not as it was when the checkpoint was written: {len(lines)} of its {position['lines']} lines are "
-                          "used. The weights are not concerned.", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{self.path} is not as it was when the checkpoint was written: {len(lines)} of its {position['lines']} "
+                          "lines are used. The weights are not concerned.", RuntimeWarning, stacklevel=2)
         if self.path.exists(): os.truncate(self.path, end)
 
 # %% ../../nbs/engine/01_history.ipynb #b608b173
@@ -349,6 +357,7 @@ class Status:
     steps: int | None = None  # planned in all; None where nobody knows
     epoch: int = 0  # from 1
     epochs: int | None = None
+    planned: int | None = None  # epochs that schedules are planned for, where this fit makes fewer
     start: int = 0  # the step at which this fit began
     elapsed: float = 0.0  # seconds of training in this fit, pauses left out
     lr: float = math.nan

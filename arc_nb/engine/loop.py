@@ -6,13 +6,13 @@ Docs: https://arc-nb.github.io/arc_nb/engine/loop.html.md"""
 
 # %% auto #0
 __all__ = ['Parts', 'Lookout', 'obey', 'do_asked', 'validate', 'log_epoch', 'report_not_finite', 'report_late', 'give_up',
-           'Epochs', 'Loop']
+           'Within', 'Steps', 'Epochs', 'Loop', 'place_of', 'go_on']
 
 # %% ../../nbs/engine/12_loop.ipynb #b378e61f
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from .events import Events, clean_up
 from .goal import Every, Goal
 from .guard import NOTHING, explain
 from .history import History, Recorder, Status
+from .randomness import set_random_state
 from .rates import Schedule, set_lr
 from .step import Computation, Outcome, Step, evaluate, keeping_modes
 
@@ -45,7 +46,8 @@ class Parts:
     controls: Controls = field(default_factory=Controls)
     folder: str | Path | None = None  # of the run; None writes nothing
     accumulate: int = 1  # batches a step
-    on_save: Callable[[], Any] | None = None  # writes a checkpoint when somebody asks for one
+    on_save: Callable[[], Any] | None = None  # keeps the state as it stands between two steps
+    on_start: Callable[[], Any] | None = None  # gives listeners of a resumed run what they knew, after their on_fit_start
 
     @property
     def optimizer(self) -> torch.optim.Optimizer: return self.step.optimizer
@@ -73,8 +75,11 @@ class Lookout:
         self.clock = time.monotonic()  # when time was last counted
         self.next = self.clock + goal.tick  # when to look up again
         self.rows, self.stopping = 0, False  # of data used
+        self.final = ""  # why there is nothing to resume, where the run decided to end
+        self.budget = goal.max_seconds  # of training in all
         self.seen = (0, 0.0)  # rows and seconds when the speed was last measured
         self.outcome: Outcome | None = None  # of the last step
+        self.told = False  # that the folder cannot be written
 
     def count_time(self, training: bool = True) -> float:
         """Seconds since the last call, added to the status unless the run was held."""
@@ -101,7 +106,7 @@ class Lookout:
         if rows and passed:
             status.samples_per_second, self.seen = rows / passed, (self.rows, status.elapsed)
             self.parts.history.log(status.step, status.epoch, "train", "samples_per_second", status.samples_per_second)
-        if self.goal.max_seconds and status.elapsed >= self.goal.max_seconds: controls.stop("the time limit was reached")
+        if self.budget is not None and status.elapsed >= self.budget: controls.stop("the time limit was reached")
         self.tell()
         if controls.waiting: obey(self)
         self.next = time.monotonic() + self.goal.tick
@@ -117,7 +122,10 @@ class Lookout:
         if not self.parts.folder: return
         self.parts.history.flush()
         try: self.parts.status.write(self.parts.folder)
-        except OSError as error: warnings.warn(f"the status cannot be written: {error}", RuntimeWarning, stacklevel=2)
+        except OSError as error:
+            if not self.told: warnings.warn(f"the status cannot be written: {error}", RuntimeWarning, stacklevel=2)
+            self.told = True
+        else: self.told = False
 
 # %% ../../nbs/engine/12_loop.ipynb #bbf9e4cb
 def obey(
@@ -139,7 +147,9 @@ def do_asked(lookout: Lookout) -> bool:
     """Obeys what is waiting; True while the run is to be held."""
     parts, asked = lookout.parts, lookout.parts.controls.take()
     if asked.lr is not None: parts.set_lr(asked.lr)
-    if asked.save and parts.on_save: parts.on_save()
+    if asked.final: lookout.final = asked.reason
+    if (asked.save or asked.stop) and parts.on_save: parts.on_save()
+    elif asked.save: warnings.warn("nothing is saved: this run has no folder (run=False)", UserWarning, stacklevel=2)
     if asked.stop: lookout.stopping, parts.status.state, parts.status.message = True, asked.stop, asked.reason
     return asked.pause
 
@@ -198,98 +208,169 @@ def give_up(parts: Parts, message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
     parts.controls.stop(message, "failed")
 
+# %% ../../nbs/engine/12_loop.ipynb #19f7a5d2
+@dataclass
+class Within:
+    """Where an epoch stands: with it a resumed run goes on in the middle."""
+    inside: bool = False  # between the epoch's first step and its end
+    batches: int = 0  # used so far
+    first_step: int = 0  # steps done before this epoch
+    rows: int = 0  # of data that the fit had used before this epoch
+    seconds: float = 0.0  # that the fit had taken before this epoch
+    measuring: float = 0.0  # CPU seconds that training metrics took in this epoch
+    validated: bool = False
+    owed: bool = False  # a validation in the middle of the epoch has begun and not ended
+    lr: float = -1.0  # the optimizer's rate, as last seen
+    mark: dict[str, Any] | None = None  # the history before the validation, or before the end of the epoch, that goes on
+
+
 # %% ../../nbs/engine/12_loop.ipynb #cd513ff8
-class Epochs:
-    """Runs one epoch after another."""
+class Steps:
+    """The hot path: groups of batches, a step each."""
     def __init__(self, parts: Parts, goal: Goal, lookout: Lookout):
         self.parts, self.goal, self.lookout, self.valid_every = parts, goal, lookout, Every(goal.valid_every)
-        self.end = None if goal.steps is None else parts.status.step + goal.steps
-        self.handlers = parts.events.handlers
-        self.lr = -1.0  # the optimizer's rate, as last seen
-        self.measuring = 0.0  # CPU seconds that training metrics took in this epoch
-        self.first_step, self.validated = 0, False  # of this epoch
+        self.handlers, self.at = parts.events.handlers, Within()
+        self.random: dict[str, Any] | None = None  # the generators of a resumed run, until they are put back
 
     @property
-    def done(self) -> bool: return self.lookout.stopping or (self.end is not None and self.parts.status.step >= self.end)
-
-    def run(self) -> None:
-        """One epoch, its validation and its row."""
-        parts, lookout, status = self.parts, self.lookout, self.parts.status
-        status.epoch += 1
-        lookout.leave_out()
-        rows, elapsed = lookout.rows, status.elapsed
-        self.first_step, self.validated, self.measuring = status.step, False, 0.0
-        if parts.train_metrics: parts.train_metrics.reset()
-        parts.events.emit("on_epoch_start")
-        try:
-            for batches in self._groups():
-                self._step(batches)
-                if self.done: break
-        except RuntimeError as error:  # an interrupt reaches a loader's processes too, and may end them before it ends the run
-            if parts.controls.waiting and "DataLoader worker" in str(error): obey(lookout)
-            if not lookout.stopping: raise
-        if status.step == self.first_step and not lookout.stopping: raise ValueError("the training data gave no batches in this epoch")
-        lookout.settle(wait=True)
-        took, rows, mean = status.elapsed - elapsed, lookout.rows - rows, lookout.recorder.epoch_mean()
-        status.samples_per_second = rows / took if took > 0 else None
-        if self._valid_is_due(): self._validate()
-        log_epoch(parts, {"train_loss": mean, "seconds": took, "samples_per_second": status.samples_per_second}, self.measuring)
-        if parts.schedule and (self.validated or not parts.schedule.needs_value):
-            parts.schedule.on_epoch(parts.history.latest(parts.schedule.monitor))
-        parts.events.emit("on_epoch_end")
-        if parts.controls.waiting: obey(lookout)
-        if time.monotonic() >= lookout.next: lookout.look()
-
-    def _valid_is_due(self) -> bool:
-        if self.parts.valid is None or self.lookout.stopping: return False
-        return self.valid_every.after_epoch(self.parts.status.epoch) or (self.done and bool(self.valid_every.epochs))
+    def done(self) -> bool:
+        """Whether the run is to stop, or has made its steps."""
+        end, status = self.goal.steps, self.parts.status
+        return self.lookout.stopping or (end is not None and status.step >= status.start + end)
 
     def _groups(self) -> Iterator[tuple[Batch, ...]]:
-        batches = iter(islice(self.parts.train.epoch(self.parts.status.epoch), self.goal.limit_batches))
-        while group := tuple(islice(batches, self.parts.accumulate)): yield group
+        """The batches of this epoch that are left, as many together as a step takes."""
+        at, limit = self.at, self.goal.limit_batches
+        batches = iter(islice(self.parts.train.epoch(self.parts.status.epoch, at.batches), None if limit is None else limit - at.batches))
+        self._go_on_drawing()
+        return iter(lambda: tuple(islice(batches, self.parts.accumulate)), ())
+
+    def _go_on_drawing(self) -> None:
+        """Puts the generators of a resumed run back, after its data have been found again and before anything is drawn."""
+        if self.random is not None: set_random_state(self.random)
+        self.random = None
 
     def _step(self, batches: tuple[Batch, ...]) -> None:
-        parts, status = self.parts, self.parts.status
+        parts, status, at = self.parts, self.parts.status, self.at
         if parts.schedule: parts.schedule.step(status.step - status.start)
         if self.handlers["on_step_start"]: parts.events.emit("on_step_start")
         outcome = self.lookout.outcome = parts.step(batches)
         status.step += 1
+        at.batches += len(batches)
         self.lookout.recorder.add(status.step, outcome, parts.compute.extras)
-        if parts.optimizer.param_groups[0]["lr"] != self.lr: self._lr_changed(float(parts.optimizer.param_groups[0]["lr"]))
-        if not outcome.good: report_not_finite(parts, outcome, batches, 1 + (status.step - 1 - self.first_step) * parts.accumulate)
+        if parts.optimizer.param_groups[0]["lr"] != at.lr: self._lr_changed(float(parts.optimizer.param_groups[0]["lr"]))
+        if not outcome.good: report_not_finite(parts, outcome, batches, 1 + at.batches - len(batches))
         else:
             if self.handlers["on_step_end"]: parts.events.emit("on_step_end")
             if parts.valid is not None and self.valid_every.after_step(status.step): self._validate()
         if parts.controls.waiting: obey(self.lookout)
         if time.monotonic() >= self.lookout.next: self.lookout.look()
 
+    def _valid_is_due(self) -> bool:
+        if self.parts.valid is None or self.lookout.stopping: return False
+        return self.valid_every.after_epoch(self.parts.status.epoch) or (self.done and bool(self.valid_every.epochs))
+
     def _validate(self) -> None:
-        self.lookout.settle()
-        self.validated = True
+        self.lookout.settle(wait=True)
+        before, self.at.owed = self.at.mark, self.at.mark is None  # in the middle of an epoch: a resume makes up for it
+        self.at.mark = before or self.parts.history.position()
         validate(self.parts, self.goal.limit_batches)
+        self.at.validated, self.at.owed, self.at.mark = True, False, before
         self.lookout.leave_out()
 
     def measure(self, batch: Batch) -> None:
         """Feeds a training batch to the training metrics, and counts what that costs."""
         began = time.process_time()
         with torch.no_grad(): self.parts.train_metrics.update(self.parts.compute.point(), batch.target, batch.weight)
-        self.measuring += time.process_time() - began
+        self.at.measuring += time.process_time() - began
 
     def _lr_changed(self, lr: float) -> None:
-        self.lr = self.parts.status.lr = lr
+        self.at.lr = self.parts.status.lr = lr
         self.lookout.recorder.lrs.append((self.parts.status.step, lr))
+
+
+# %% ../../nbs/engine/12_loop.ipynb #f460cd75
+class Epochs(Steps):
+    """Begins and closes the epochs around the steps."""
+    def run(self) -> None:
+        """One epoch, or the rest of a resumed one, its validation and its row."""
+        if not self.at.inside: self._begin()
+        if not self.done: self._train()
+        self._close()
+
+    def _begin(self) -> None:
+        parts, lookout, status = self.parts, self.lookout, self.parts.status
+        status.epoch += 1
+        lookout.leave_out()
+        self.at = Within(True, first_step=status.step, rows=lookout.rows, seconds=status.elapsed, lr=self.at.lr)
+        self._go_on_drawing()
+        if parts.train_metrics: parts.train_metrics.reset()
+        parts.events.emit("on_epoch_start")
+
+    def _train(self) -> None:
+        parts, status = self.parts, self.parts.status
+        groups = self._groups()
+        if self.at.owed: self._validate()
+        try:
+            for batches in groups:
+                self._step(batches)
+                if self.done: break
+        except RuntimeError as error:  # an interrupt reaches a loader's processes too, and may end them before it ends the run
+            if parts.controls.waiting and "DataLoader worker" in str(error): obey(self.lookout)
+            if not self.lookout.stopping: raise
+        if status.step == self.at.first_step and not self.lookout.stopping:
+            raise ValueError("the training data gave no batches in this epoch")
+        if self.done and parts.on_save: parts.on_save()  # before the epoch is closed: whoever goes on, goes on inside it
+
+    def _close(self) -> None:
+        parts, lookout, status, at = self.parts, self.lookout, self.parts.status, self.at
+        lookout.settle(wait=True)
+        at.mark = parts.history.position()
+        took, rows, mean = status.elapsed - at.seconds, lookout.rows - at.rows, lookout.recorder.epoch_mean()
+        status.samples_per_second = rows / took if took > 0 else None
+        if self._valid_is_due(): self._validate()
+        log_epoch(parts, {"train_loss": mean, "seconds": took, "samples_per_second": status.samples_per_second}, at.measuring)
+        if parts.schedule and (at.validated or not parts.schedule.needs_value):
+            parts.schedule.on_epoch(parts.history.latest(parts.schedule.monitor))
+        parts.events.emit("on_epoch_end")
+        at.inside, at.mark = False, None
+        if parts.controls.waiting: obey(lookout)
+        if time.monotonic() >= lookout.next: lookout.look()
+
 
 # %% ../../nbs/engine/12_loop.ipynb #9dc3ffbf
 class Loop:
     """One fit: epochs until the goal is reached or somebody asks for a stop."""
     def __init__(self, parts: Parts, goal: Goal):
+        status = parts.status
+        status.start, status.elapsed, status.message, self.first = status.step, 0.0, "", status.epoch
         self.parts, self.goal, self.lookout = parts, goal, Lookout(parts, goal)
         self.epochs = Epochs(parts, goal, self.lookout)
         parts.compute.heard = self.epochs.measure if parts.train_metrics else None
-        status, total = parts.status, goal.total(parts.length, parts.accumulate)
-        status.start, status.elapsed, status.message, self.first = status.step, 0.0, "", status.epoch
-        status.steps = None if total is None else status.step + total
-        status.epochs = None if goal.epochs is None else status.epoch + goal.epochs
+        self._plan()
+
+    def _plan(self) -> None:
+        status, total = self.parts.status, self.goal.total(self.parts.length, self.parts.accumulate)
+        status.steps = None if total is None else status.start + total
+        status.epochs = None if self.goal.epochs is None else self.first + self.goal.epochs
+        status.planned = None if None in (self.goal.epochs, self.goal.plan) else self.first + self.goal.plan  # type: ignore[operator]
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        epochs, at = self.goal.epochs, self.epochs.at
+        return not at.inside and (self.epochs.done or (epochs is not None and self.parts.status.epoch - self.first >= epochs))
+
+    def progress(self) -> tuple | None:
+        """Something that changes as long as the run moves; None while it is paused."""
+        parts, status = self.parts, self.parts.status
+        if status.state == "paused": return None
+        return status.state, status.epoch, status.step, parts.train.drawn, parts.valid.drawn if parts.valid else 0
+
+    def left(self) -> Goal:
+        """The goal of another attempt, with what is left of the time."""
+        budget = self.lookout.budget
+        return self.goal if budget is None else replace(self.goal, max_seconds=max(0.001, budget - self.parts.status.elapsed))
 
     def run(self) -> History:
         """Trains; returns the history. Whatever happens, listeners clean up and the status tells how it ended."""
@@ -306,13 +387,17 @@ class Loop:
         return self.parts.history
 
     def _fit(self, model: torch.nn.Module) -> None:
-        status, epochs = self.parts.status, self.goal.epochs
+        status, parts = self.parts.status, self.parts
         status.state = "training"
         model.train()
-        self.parts.events.emit("on_fit_start")
-        while not (self.epochs.done or (epochs is not None and status.epoch - self.first >= epochs)): self.epochs.run()
-        if not self.lookout.stopping: status.state = "completed"
-        self.parts.events.emit("on_fit_end")
+        parts.events.emit("on_fit_start")
+        if parts.on_start: parts.on_start()
+        if self.lookout.final: self.lookout.stopping, status.state, status.message = True, "stopped", self.lookout.final
+        while not self.finished: self.epochs.run()
+        if not self.lookout.stopping:
+            status.state = "completed"
+            if parts.on_save: parts.on_save()
+        parts.events.emit("on_fit_end")
 
     def _end(self) -> list[BaseException]:
         """Puts everything back; returns the errors of listeners that could not."""
@@ -321,3 +406,37 @@ class Loop:
         self.lookout.settle(wait=True)
         self.lookout.write()
         return clean_up(self.parts.events)
+
+
+# %% ../../nbs/engine/12_loop.ipynb #427ac566
+def place_of(
+    loop: Loop,  # between two steps
+) -> dict[str, Any]:
+    """Where a fit stands, in plain types and tensors: what `go_on` needs, beside the weights and what changes with them."""
+    loop.lookout.settle(wait=True)
+    parts, lookout = loop.parts, loop.lookout
+    at = asdict(loop.epochs.at)
+    mark = at.pop("mark")
+    return {"first": loop.first, "start": parts.status.start, "planned": parts.status.steps, "elapsed": parts.status.elapsed, "at": at,
+            "rows": lookout.rows, "final": lookout.final, "mean": [lookout.recorder.total, lookout.recorder.rows],
+            "history": mark or parts.history.position(), "train": parts.train.state_dict(),
+            "valid": parts.valid.state_dict() if parts.valid else {},
+            "train_metrics": parts.train_metrics.state_dict() if parts.train_metrics else {}}
+
+def go_on(
+    loop: Loop,  # not yet run
+    place: dict[str, Any],  # as `place_of` gave it
+    random: dict[str, Any],  # the generators' states of that moment
+) -> None:
+    """Puts a new loop where an earlier one stood; its goal counts from where that fit began."""
+    parts, lookout = loop.parts, loop.lookout
+    loop.first, parts.status.start, parts.status.elapsed = place["first"], place["start"], place["elapsed"]
+    loop.epochs.at, loop.epochs.random = Within(**place["at"]), random
+    lookout.rows, lookout.final, lookout.seen = place["rows"], place["final"], (place["rows"], place["elapsed"])
+    lookout.recorder.total, lookout.recorder.rows = place["mean"]
+    lookout.budget = None if loop.goal.max_seconds is None else place["elapsed"] + loop.goal.max_seconds
+    parts.train.load_state_dict(place["train"])
+    if parts.valid: parts.valid.load_state_dict(place["valid"])
+    if parts.train_metrics: parts.train_metrics.load_state_dict(place["train_metrics"])
+    loop._plan()
+

@@ -7,7 +7,7 @@ Docs: https://arc-nb.github.io/arc_nb/engine/metrics.html.md"""
 # %% auto #0
 __all__ = ['METRICS', 'FEEDS', 'known_metrics', 'How', 'Feed', 'is_multiclass', 'feed_classes', 'feed_numbers', 'feed_tokens',
            'feed_ranks', 'feed_texts', 'needs', 'check_feed', 'within', 'Member', 'keep', 'plain', 'together',
-           'Metrics', 'drop', 'pick', 'metrics', 'member']
+           'Metrics', 'drop', 'pick', 'states_of', 'put_states', 'metrics', 'member']
 
 # %% ../../nbs/engine/05_metrics.ipynb #e78a2c36
 import inspect
@@ -172,7 +172,7 @@ class Member:
 
     def compute(self) -> dict[str, Any]: # name -> float, or a nested list for a table
         if self.kept: return {self.name: float(self.what(*map(together, zip(*self.kept))))}
-        if self.built is None: return {}
+        if self.built is None or not getattr(self.built, "update_called", True): return {}
         value = self.built.compute()
         if not isinstance(value, dict): return {self.name: plain(value)}
         if self.what == "ROUGEScore": return {key[:-9]: plain(v) for key, v in value.items() if key.endswith("_fmeasure")}
@@ -212,7 +212,7 @@ class Metrics:
             try: fed = member.feed(*part)
             except (TypeError, ValueError) as error: error.add_note(f"in the metric {member.name!r}"); raise
             if member.kind in ("classes", "tokens"): check_feed(member.name, fed, member.how, part[1])
-            member.build(fed)
+            if member.built is None: member.built = member.build(fed)
 
     def update(self, output: Any, target: Any, weight: Tensor | None = None, indexes: Tensor | None = None) -> None:
         "Count a batch in; `indexes` say which query a row of a flat ranking belongs to"
@@ -231,6 +231,15 @@ class Metrics:
         for member in self.members:
             member.kept.clear()
             if member.built is not None: member.built.reset()
+
+    def state_dict(self) -> dict[str, Any]: # what has been seen so far, in plain types and tensors
+        return {"rows": self.rows, "members": [{"kept": list(m.kept), "states": states_of(m.built)} for m in self.members]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: # metrics of the same specs, checked on a batch
+        self.rows = state["rows"]
+        for member, saved in zip(self.members, state["members"], strict=True):
+            member.kept = [tuple(pair) for pair in saved["kept"]]
+            put_states(member.built, saved["states"])
 
     def to(self, device: torch.device | str) -> "Metrics":
         for member in self.members:
@@ -251,6 +260,23 @@ def pick(member: Member, values: Any, what: str) -> Any:
     keys = list(values) if isinstance(values, Mapping) else list(range(len(values)))
     raise TypeError(f"the metric {member.name!r} is about one tensor, but there are {what} {keys}: "
                     f'say which with ("mae", {{"output": {keys[0]!r}}})')
+
+# %% ../../nbs/engine/05_metrics.ipynb #e62c23ad
+def states_of(built: Any) -> dict[str, Any]: # name of each torchmetrics object in it -> its states
+    "What a torchmetrics object has seen"
+    parts = built.named_modules() if isinstance(built, torch.nn.Module) else ()
+    return {name: {"count": part._update_count, "values": {key: list(value) if isinstance(value, list) else value
+            for key, value in part.metric_state.items()}} for name, part in parts if hasattr(part, "metric_state")}
+
+def put_states(built: Any, states: dict[str, Any]) -> None:
+    "Gives it back what it had seen"
+    if built is None: return
+    parts = dict(built.named_modules())
+    for name, saved in states.items():
+        device = parts[name].device
+        for key, value in saved["values"].items():
+            setattr(parts[name], key, [v.to(device) for v in value] if isinstance(value, list) else value.to(device))
+        parts[name]._update_count, parts[name]._computed = saved["count"], None
 
 # %% ../../nbs/engine/05_metrics.ipynb #c712cab6
 def metrics(
