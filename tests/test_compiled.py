@@ -1,9 +1,16 @@
 """compile="step" gives the losses of the uncompiled step; compiling takes seconds, so no chapter does it."""
+import copy
+
 import numpy as np
 import pytest
 import torch
 from small import classes, numbers, trainer
 from torch import nn
+
+from arc_nb.engine.batches import make_batches
+from arc_nb.engine.compiled import CompiledStep
+from arc_nb.engine.objectives import objective
+from arc_nb.engine.step import Computation
 
 SETTINGS = {
     "adamw, clipped, one_cycle": dict(clip_norm=0.5, schedule="one_cycle"),
@@ -42,6 +49,70 @@ def test_more_trainers_than_torch_keeps_graphs_of_one_function():
         t = trainer(nn.Linear(4, 1), numbers(16 * width), loss="mse", compile="step", batch_size=16 * width)
         t.fit(epochs=2)
         assert t.status.state == "completed" and t.setup.step.compile_seconds > 0
+
+
+RULES = {"adamw": (torch.optim.AdamW, {"weight_decay": 0.1}), "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True})}
+
+
+def compiled(rule, state=None):
+    "A model and its compiled step; `state` as `states` gives it."
+    net = model()
+    make, options = RULES[rule]
+    step = CompiledStep(Computation(net, objective("cross_entropy")), make(net.parameters(), 1e-2, **options), clip_norm=1.0)
+    if state is not None: load(step, state)
+    return step
+
+
+def states(step):
+    return copy.deepcopy([step.compute.model.state_dict(), step.optimizer.state_dict(), step.state_dict(), torch.get_rng_state()])
+
+
+def load(step, state):
+    step.compute.model.load_state_dict(state[0]); step.optimizer.load_state_dict(copy.deepcopy(state[1])); step.load_state_dict(state[2])
+    torch.set_rng_state(state[3])
+
+
+def equal(a, b):
+    if isinstance(a, dict): return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def check_resume(rule, batches, cut):
+    "All steps at once, or the last after `cut` of them with fresh objects, or with the objects that have gone on meanwhile."
+    torch.manual_seed(7)
+    step = compiled(rule)
+    with step.settings():
+        first = [step([b]) for b in batches[:cut]]
+        kept = states(step)
+        rest = [step([b]) for b in batches[cut:]]
+        end, seconds = states(step), step.compile_seconds
+        fresh = compiled(rule, kept)
+        assert [fresh([b]) for b in batches[cut:]] == rest and equal(states(fresh), end)
+        load(step, kept)
+        with torch._dynamo.config.patch(error_on_recompile=True): assert [step([b]) for b in batches[cut:]] == rest
+        assert equal(states(step), end) and step.compile_seconds == seconds
+    assert all(np.isfinite(o.loss) for o in first + rest) and step.sound
+
+
+def test_a_compiled_step_goes_on_to_the_bit():
+    check_resume("adamw", [b for e in (1, 2) for b in make_batches(classes(40), 16).epoch(e)], 3)  # 16, 16, 8, 16, 16, 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("cut", [1, 2, 5])  # 2: the first batch after it is the short one
+def test_a_compiled_step_goes_on_to_the_bit_from_anywhere(rule, cut):
+    check_resume(rule, [b for e in (1, 2) for b in make_batches(classes(40), 16).epoch(e)], cut)
+
+
+def test_an_error_inside_a_compiled_step_may_have_changed_weights():
+    step = compiled("adamw")
+    [batch] = make_batches(classes(8), 8).epoch()
+    step.graph.rows = -1  # nothing is compiled
+    with pytest.raises(RuntimeError): step([batch._replace(inputs=(torch.ones(8, 5),))])
+    assert not step.sound
+    assert step([batch]).good and step.sound
 
 
 def test_a_batch_that_is_not_finite_changes_nothing():

@@ -194,7 +194,9 @@ def accumulate(
         step.compute.output = None  # of the batch before: its memory is wanted
         loss = step.compute(batch)
         count = step.compute.count(batch)
-        if isinstance(count, Tensor): loss = torch.where(count > 0, loss, 0.0)  # a mean over nothing is NaN
+        if isinstance(count, Tensor):
+            count = count.to(torch.promote_types(loss.dtype, torch.float32))
+            loss = torch.where(count > 0, loss, 0.0)  # a mean over nothing is NaN
         first = prefer(first, count)
         step.precision.scale(loss * (count / prefer(first, 1))).backward()  # relative, so that fp16 keeps its range
         total, weight = total + loss.detach() * count, weight + count
