@@ -3,11 +3,14 @@ __version__ = "0.1.0"
 
 from typing import TYPE_CHECKING
 
-_rooms = {"Trainer": "trainer", "show": "runs", "Callback": "engine.events"}
-__all__ = ["Trainer", "Callback", "show"]
+_rooms = {"Trainer": "trainer", "show": "runs", "Callback": "engine.events", "Checkpoints": "engine.keeping",
+          "EarlyStopping": "engine.callbacks", "EMA": "engine.callbacks", "SWA": "engine.callbacks"}
+__all__ = ["Trainer", "Callback", "Checkpoints", "EarlyStopping", "EMA", "SWA", "show"]
 
 if TYPE_CHECKING:
+    from .engine.callbacks import EMA, SWA, EarlyStopping
     from .engine.events import Callback
+    from .engine.keeping import Checkpoints
     from .runs import show
     from .trainer import Trainer
 

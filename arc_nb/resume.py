@@ -190,8 +190,8 @@ def put_schedule(
     before, schedule.base, schedule.scale = parts.status.lr, state["schedule"]["base"], state["schedule"]["scale"]
     schedule.step(parts.status.step - state["place"]["start"])
     schedule.apply()
-    warnings.warn(f"the run was planned for {state['horizon']} steps and is now to have {horizon}: its schedule is planned anew, and the "
-                  f"learning rate goes from {before:g} to {schedule.lr:g}. (fit(epochs=5, plan=10) plans ahead.)", UserWarning, stacklevel=4)
+    warnings.warn(f"the run was planned for {state['horizon']} steps and is now to have {horizon}: its schedule is planned anew, and "
+                  f"the learning rate goes from {before:g} to {schedule.lr:g}. (fit(epochs=5, plan=10) plans ahead.)", stacklevel=4)
 
 # %% ../nbs/40c_resume.ipynb #85d7d8da
 CHOSEN = ("lr", "optimizer", "groups", "schedule")  # settings that the optimizer's state holds as well

@@ -8,7 +8,6 @@ Docs: https://arc-nb.github.io/arc_nb/state.html.md"""
 __all__ = ['State', 'Stating', 'Listening', 'Foldered']
 
 # %% ../nbs/40d_state.ipynb #59c21a4a
-import json
 import shutil
 import threading
 import time
@@ -25,7 +24,7 @@ from .engine.keeping import Checkpoints
 from .engine.loop import Loop, place_of
 from .engine.randomness import random_state
 from .resume import Found, fingerprint
-from .runs import Source, check_free, describe, open_folder
+from .runs import Source, check_free, describe, open_folder, read_config, write_config
 from .setup import Setup
 
 # %% ../nbs/40d_state.ipynb #fc855bad
@@ -164,8 +163,7 @@ class Foldered(Listening):
         path = self.folder.resolve()
         check_free(path)
         sweep(path / "checkpoints")
-        config = path / "config.json"
-        about = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-        about.setdefault("resumed", []).append({"from": found.path.name, "at": time.strftime("%Y-%m-%d %H:%M:%S %z"), "versions": versions()})
-        config.write_text(json.dumps(about, indent=1), encoding="utf-8")
+        about = read_config(path)
+        now = {"from": found.path.name, "at": time.strftime("%Y-%m-%d %H:%M:%S %z"), "versions": versions()}
+        write_config(path, about | {"resumed": [*about.get("resumed", []), now]})
         return path

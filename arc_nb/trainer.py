@@ -234,7 +234,7 @@ class Keeping(Using):
         if self._thread: self.controls.save(); return None
         if path is not None: return self._write(Path(path))
         if not (self._keeper and self.path):
-            raise ValueError("there is no run folder: it is made by the first fit, and not with run=False; save_checkpoint(path) needs none")
+            raise ValueError("there is no run folder: the first fit makes it, and not with run=False; save_checkpoint(path) needs none")
         self._keeper.now(self)
         return self._keeper.saver.latest if self._keeper.saver else None
 

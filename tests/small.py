@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from arc_nb import Callback, Trainer
+from arc_nb.engine.checkpoint import best_good, newest_good, read_checkpoint
 
 
 def classes(rows: int = 60, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -49,6 +50,13 @@ class On(Callback):
         def method(event: str, do: Any) -> Any:
             return lambda listener, trainer: (listener.seen.append(event), do(trainer))[1]
         self.__class__ = type("On", (On,), {event: method(event, do) for event, do in handlers.items()})
+
+
+def saved(run: Path, which: str = "last") -> tuple[dict[str, Any], dict[str, Any]]:
+    "State and metadata of a run's last or best checkpoint."
+    path = newest_good(run / "checkpoints") if which == "last" else best_good(run / "checkpoints")
+    assert path, f"{run} has no {which} checkpoint"
+    return read_checkpoint(path)
 
 
 def files(folder: Path) -> set[str]:

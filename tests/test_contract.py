@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small import On, classes, files, net, numbers, trainer, weights
+from safetensors.torch import load_file
+from small import On, classes, files, net, numbers, saved, trainer, weights
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
@@ -634,8 +635,10 @@ def test_several_fits_make_one_history(tmp_path):
     assert t.history.series("train", "loss")[0].tolist() == list(range(1, 12))
     read = History.read(tmp_path / "r")
     pd.testing.assert_frame_equal(read.epochs(), t.history.epochs())
-    assert len(read.frame()) == len(t.history.frame()) and files(tmp_path) == {
-        "r", "r/config.json", "r/history.jsonl", "r/status.json", "r/best.pt", "r/last.pt"}
+    assert len(read.frame()) == len(t.history.frame())
+    assert {p.name for p in (tmp_path / "r").iterdir()} == {"config.json", "history.jsonl", "status.json", "checkpoints"}
+    for checkpoint in (tmp_path / "r/checkpoints").iterdir():
+        assert files(checkpoint) == {"model.safetensors", "state.safetensors", "state.json", "metadata.json", "manifest.json"}
     assert Status.read(tmp_path / "r").state == "completed" and Run(tmp_path / "r").history.best("valid", "loss")
 
 
@@ -690,7 +693,7 @@ def test_save_and_load(tmp_path):
     other = Trainer.load(tmp_path / "model", model=net(seed=9), device="cpu")
     assert torch.equal(other.predict(X), t.predict(X)) and other.evaluate(classes()) == t.evaluate(classes())
     assert files(tmp_path) == {"model"}
-    torch.load(tmp_path / "model", weights_only=True)
+    assert set(load_file(tmp_path / "model")) >= {f"model.{name}" for name in t.model.state_dict()}  # other tools read it too
 
 
 WEIGHTED = ("cross_entropy", {"weight": torch.tensor([1.0, 2.0, 3.0])})
@@ -724,7 +727,7 @@ def test_a_model_from_a_file_predicts_on_data_with_targets(form, tmp_path):
 def test_load_refuses_what_is_no_model(tmp_path):
     with pytest.raises(FileNotFoundError): Trainer.load(tmp_path / "nothing", model=net())
     (tmp_path / "text").write_text("hello")
-    with pytest.raises(ValueError, match="no checkpoint"): Trainer.load(tmp_path / "text", model=net())
+    with pytest.raises(ValueError, match="no file of arc_nb"): Trainer.load(tmp_path / "text", model=net())
     trainer().save(tmp_path / "model")
     with pytest.raises(ValueError, match="model"): Trainer.load(tmp_path / "model", model=nn.Linear(2, 2))
 
@@ -761,7 +764,6 @@ def test_restore_brings_the_best_weights_back(tmp_path):
     t.restore("last")
     assert torch.equal(weights(t.model), kept[8])
     with pytest.raises(FileNotFoundError): t.restore(tmp_path / "other.pt")
-    for name in ("best.pt", "last.pt"): torch.load(tmp_path / "r" / name, weights_only=True)
 
 
 def test_earlier_runs_lie_behind_this_one(tmp_path, capsys):
@@ -823,14 +825,16 @@ def test_best_keeps_the_lowest_loss_over_several_fits(tmp_path):
     t.fit(epochs=5)
     t.lr = 5.0
     t.fit(epochs=2)
-    assert torch.load(tmp_path / "r/best.pt", weights_only=True)["epoch"] == t.history.best("valid", "loss")[2]
+    assert saved(tmp_path / "r", "best")[0]["epoch"] == t.history.best("valid", "loss")[2]
 
 
 def test_checkpoints_come_as_often_as_asked(tmp_path):
     seen = []
-    def look(t): seen.append(torch.load(tmp_path / "r/last.pt", weights_only=True)["step"] if (tmp_path / "r/last.pt").exists() else 0)
-    trainer(run=tmp_path / "r", checkpoint_every=3, callbacks=[On(order=99, on_step_end=look)]).fit(steps=7)
-    assert seen == [0, 0, 3, 3, 3, 6, 6] and torch.load(tmp_path / "r/last.pt", weights_only=True)["step"] == 7
+    def look(t):
+        t._keeper.saver.wait()
+        seen.append(sorted(int(p.name[-8:]) for p in (tmp_path / "r/checkpoints").glob("step-*")))
+    trainer(run=tmp_path / "r", checkpoint_every=3, callbacks=[On(order=99, on_step_start=look)]).fit(steps=8)
+    assert seen == [[], [], [], [3], [3], [3], [3, 6], [3, 6]] and saved(tmp_path / "r")[0]["step"] == 8
 
 
 def test_plateau_watches_a_metric_that_should_rise():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from small import On, classes, files, net, trainer, weights
+from small import On, classes, files, net, saved, trainer, weights
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -77,7 +77,7 @@ def test_nothing_is_left_on(ending, precision, tmp_path):
     if ending != "error at cleanup": assert t.status.state == states.get(ending, "failed")
     assert Status.read(tmp_path / "r").state == t.status.state and not t.status.alive
     assert len(History.read(tmp_path / "r").frame()) == len(t.history.frame())
-    assert torch.load(tmp_path / "r/last.pt", weights_only=True)["step"] == t.step
+    assert t.step == 0 or saved(tmp_path / "r")[0]["step"] == t.step
     assert not [f for f in files(tmp_path) if "tmp" in f]
 
 
@@ -155,8 +155,7 @@ def test_the_guard_names_step_loss_layer_and_keeps_the_weights(tmp_path):
     assert kept.seen and t.step == 3 and t.status.state == "failed" and "log (Log)" in t.status.message
     assert torch.equal(weights(t.model), last[-1]) and weights(t.model).isfinite().all()
     assert Status.read(tmp_path / "r").message == t.status.message
-    saved = torch.load(tmp_path / "r/last.pt", weights_only=True)["model"]
-    assert all(torch.isfinite(v).all() for v in saved.values())
+    assert all(torch.isfinite(v).all() for v in saved(tmp_path / "r")[0]["model"].values())
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -260,7 +259,7 @@ def test_requests_from_another_process_through_the_folder(tmp_path):
     other.set_lr(0.25)
     wait_for(lambda: t.lr == 0.25)
     other.save()
-    wait_for(lambda: (tmp_path / "r/last.pt").exists())
+    wait_for(lambda: list((tmp_path / "r/checkpoints").glob("step-*")))
     other.resume()
     wait_for(lambda: Status.read(tmp_path / "r").state == "training")
     with (tmp_path / "r/requests.jsonl").open("a") as file: file.write('nonsense\n{"do": "dance"}\n')
@@ -331,8 +330,7 @@ def test_a_signal_ends_the_run_in_order(number, state, tmp_path):
     status, history = Status.read(tmp_path / "r"), History.read(tmp_path / "r")
     assert status.state == state and signal.Signals(number).name in status.message and 7 <= status.step <= 10
     assert history.series("train", "loss")[0].tolist() == list(range(1, status.step + 1)) and len(history.frame()) == int(last[3])
-    for name in ("last.pt", "best.pt", "config.json"): assert (tmp_path / "r" / name).stat().st_size > 0
-    assert torch.load(tmp_path / "r/last.pt", weights_only=True)["step"] == status.step
+    assert saved(tmp_path / "r")[0]["step"] == status.step and saved(tmp_path / "r", "best")[0]["step"] <= status.step
     json.loads((tmp_path / "r/config.json").read_text())
 
 
@@ -344,7 +342,7 @@ def test_a_second_interrupt_is_immediate(tmp_path):
     child.send_signal(signal.SIGINT)
     out, errors = child.communicate(timeout=20)
     assert time.monotonic() - began < 10 and child.returncode != 0 and "KeyboardInterrupt" in errors and "after" not in out
-    assert Status.read(tmp_path / "r").state == "interrupted" and torch.load(tmp_path / "r/last.pt", weights_only=True)["step"] == 7
+    assert Status.read(tmp_path / "r").state == "interrupted" and saved(tmp_path / "r")[0]["step"] == 7
     assert History.read(tmp_path / "r").series("train", "loss")[0].tolist() == list(range(1, 8))
 
 

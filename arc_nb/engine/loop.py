@@ -148,9 +148,9 @@ def do_asked(lookout: Lookout) -> bool:
     parts, asked = lookout.parts, lookout.parts.controls.take()
     if asked.lr is not None: parts.set_lr(asked.lr)
     if asked.final: lookout.final = asked.reason
+    if asked.stop: lookout.stopping, parts.status.state, parts.status.message = True, asked.stop, asked.reason
     if (asked.save or asked.stop) and parts.on_save: parts.on_save()
     elif asked.save: warnings.warn("nothing is saved: this run has no folder (run=False)", UserWarning, stacklevel=2)
-    if asked.stop: lookout.stopping, parts.status.state, parts.status.message = True, asked.stop, asked.reason
     return asked.pause
 
 # %% ../../nbs/engine/12_loop.ipynb #17836e65
@@ -365,7 +365,7 @@ class Loop:
         """Something that changes as long as the run moves; None while it is paused."""
         parts, status = self.parts, self.parts.status
         if status.state == "paused": return None
-        return status.state, status.epoch, status.step, parts.train.drawn, parts.valid.drawn if parts.valid else 0
+        return status.state, status.epoch, status.step, parts.train.drawn, 0 if parts.valid is None else parts.valid.drawn
 
     def left(self) -> Goal:
         """The goal of another attempt, with what is left of the time."""
@@ -420,7 +420,7 @@ def place_of(
     return {"first": loop.first, "start": parts.status.start, "planned": parts.status.steps, "elapsed": parts.status.elapsed, "at": at,
             "rows": lookout.rows, "final": lookout.final, "mean": [lookout.recorder.total, lookout.recorder.rows],
             "history": mark or parts.history.position(), "train": parts.train.state_dict(),
-            "valid": parts.valid.state_dict() if parts.valid else {},
+            "valid": {} if parts.valid is None else parts.valid.state_dict(),
             "train_metrics": parts.train_metrics.state_dict() if parts.train_metrics else {}}
 
 def go_on(
@@ -436,7 +436,7 @@ def go_on(
     lookout.recorder.total, lookout.recorder.rows = place["mean"]
     lookout.budget = None if loop.goal.max_seconds is None else place["elapsed"] + loop.goal.max_seconds
     parts.train.load_state_dict(place["train"])
-    if parts.valid: parts.valid.load_state_dict(place["valid"])
+    if parts.valid is not None: parts.valid.load_state_dict(place["valid"])
     if parts.train_metrics: parts.train_metrics.load_state_dict(place["train_metrics"])
     loop._plan()
 
