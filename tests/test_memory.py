@@ -40,8 +40,8 @@ class Tight(nn.Module):
         self.seen.append(len(x))
         out = self.inner(x)
         if self.where == "forward" and len(x) > self.limit: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        if self.where == "backward": out = [Burst.apply(o, self.limit) for o in out] if isinstance(out, list) else Burst.apply(out, self.limit)
-        return out
+        if self.where == "forward": return out
+        return [Burst.apply(o, self.limit) for o in out] if isinstance(out, list) else Burst.apply(out, self.limit)
 
 
 class Two(nn.Module):
@@ -115,7 +115,7 @@ def test_the_step_in_pieces_is_the_step(kind, where, accumulate):
     batches = [batch, *cut(batch, 11)][:accumulate]
     asked(tight)
     with pytest.warns(RuntimeWarning) as said:
-        for k in range(3):
+        for _ in range(3):
             one, many = plain(batches), tight(batches)
             assert many.loss == pytest.approx(one.loss, rel=1e-9) and many.norm == pytest.approx(one.norm, rel=1e-9)
             assert (many.rows, many.good) == (one.rows, one.good)
@@ -291,7 +291,8 @@ def test_pieces_of_every_form():
     n = 6
     boxes = [{"box": torch.ones(k, 4), "label": torch.ones(k)} for k in range(n)]
     raws = [(torch.ones(n, 2), torch.ones(n)), [torch.ones(n, 2), torch.ones(n)], (torch.ones(n, 2), boxes),
-            ((torch.ones(n, 2), {"deep": torch.ones(n, 3)}), torch.ones(n)), {"x": torch.ones(n), "text": list("abcdef"), "k": 3, "y": torch.ones(n)},
+            ((torch.ones(n, 2), {"deep": torch.ones(n, 3)}), torch.ones(n)),
+            {"x": torch.ones(n), "text": list("abcdef"), "k": 3, "y": torch.ones(n)},
             ([torch.ones(n, 1)] * n, torch.ones(n))]  # as many inputs as rows: still inputs
     for raw in raws:
         batch = unpack(raw)
@@ -347,3 +348,67 @@ def test_a_fit_that_runs_out_of_memory():
     a, b = (t.history.series("train", "loss")[1] for t in (plain, tight))
     assert abs(a - b).max() < 1e-5 and torch.allclose(weights(plain.model), weights(tight.model), atol=1e-5)
     assert tight.history.epochs()["train_accuracy"].tolist() == pytest.approx(plain.history.epochs()["train_accuracy"].tolist(), abs=0.02)
+
+
+# --- Steps that are broken off ---------------------------------------------------------------------------------------
+
+def broken_off(step, batches):
+    "Makes the step, which fails; whether everything is as it was."
+    before = copy.deepcopy([step.compute.model.state_dict(), step.optimizer.state_dict()])
+    with pytest.raises(KeyboardInterrupt): step(batches)
+    after = step.compute.model.state_dict(), step.optimizer.state_dict()
+    assert all(p.grad is None for p in step.parameters) and step.compute.output is None
+    return all(torch.equal(before[0][k], after[0][k]) for k in after[0]) and str(before[1]) == str(after[1])
+
+
+@pytest.mark.parametrize("place", ["forward", "count", "backward", "clip", "measure"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("on_oom", [None, "accumulate"])
+def test_what_breaks_off_before_the_optimizer_leaves_everything_as_it_was(place, precision, on_oom, monkeypatch):
+    def made():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+        compute = Computation(model, objective("cross_entropy"), precision=Precision(precision))
+        step = make_step(compute, torch.optim.AdamW(model.parameters(), 0.1), 1.0)
+        step.on_oom = on_oom
+        step(batches)
+        return step, model
+
+    def fail(*_): raise KeyboardInterrupt
+
+    batches = [unpack((X, Y)), unpack((X[:5], Y[:5]))]
+    (step, model), (twin, other) = made(), made()
+    with monkeypatch.context() as patch:
+        if place == "forward": patch.setattr(model[2], "forward", fail)
+        if place == "count": patch.setattr(step.compute, "count", fail)
+        if place == "clip": patch.setattr("arc_nb.engine.step.clip", fail)
+        if place == "measure": patch.setattr(step, "_update", fail)
+        hook = model[1].bias.register_hook(fail) if place == "backward" else None
+        assert broken_off(step, batches) and step.sound
+        if hook: hook.remove()
+    assert step(batches) == twin(batches) and same(model.state_dict(), other.state_dict(), exact=True)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lbfgs"])
+def test_what_breaks_off_in_the_optimizer_is_not_sound(optimizer):
+    step, batch = build("mean of classes", optimizer=optimizer)
+    real = step.optimizer.step
+    def half(*args):
+        step.parameters[0].data += 1
+        raise KeyboardInterrupt
+    step.optimizer.step = half
+    with pytest.raises(KeyboardInterrupt): step([batch])
+    assert not step.sound and all(p.grad is None for p in step.parameters)
+    step.optimizer.step = real
+    assert step([batch]).good and step.sound
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_that_is_not_finite_can_be_followed_by_one_that_is(precision):
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    compute = Computation(model, objective("cross_entropy"), precision=Precision(precision))
+    step, bad = make_step(compute, torch.optim.AdamW(model.parameters(), 0.1)), X.clone()
+    bad[3] = float("nan")
+    before = copy.deepcopy(model.state_dict())
+    assert not step([unpack((bad, Y))]).good and same(before, model.state_dict(), exact=True) and step.sound
+    assert step([unpack((X, Y))]).good
