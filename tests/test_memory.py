@@ -119,6 +119,8 @@ def test_the_step_in_pieces_is_the_step(kind, where, accumulate):
             one, many = plain(batches), tight(batches)
             assert many.loss == pytest.approx(one.loss, rel=1e-9) and many.norm == pytest.approx(one.norm, rel=1e-9)
             assert (many.rows, many.good) == (one.rows, one.good)
+            logged = [{name: float(value) for name, value in step.compute.extras.items()} for step in (plain, tight)]
+            assert logged[1] == pytest.approx(logged[0])
             assert same(plain.compute.model.state_dict(), tight.compute.model.state_dict())
             assert all(p.grad is None for p in tight.parameters) and tight.sound
     assert [str(w.message) for w in said] == [f"out of memory with 22 rows a batch: from now on 4 pieces of at most 6 rows, accumulated; "

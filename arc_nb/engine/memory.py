@@ -6,7 +6,7 @@ Docs: https://arc-nb.github.io/arc_nb/engine/memory.html.md"""
 
 # %% auto #0
 __all__ = ['Found', 'take', 'sizes', 'cut', 'is_out_of_memory', 'release', 'generators', 'Once', 'Cuts', 'alone', 'Kept',
-           'by_batch', 'check_on_oom']
+           'by_batch', 'mean_over_rows', 'check_on_oom']
 
 # %% ../../nbs/engine/10b_memory.ipynb #3f4dae0b
 import gc
@@ -190,6 +190,18 @@ def by_batch(
     """A word of warning where the model normalises over the rows that it sees at once."""
     found = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     return "; batch normalisation now sees one piece at a time, so that the model learns a little differently" if found else ""
+
+# %% ../../nbs/engine/10b_memory.ipynb #8251c258
+def mean_over_rows(
+    parts: Sequence[tuple[int, Mapping[str, Any]]],  # rows, and what was returned for them
+) -> dict[str, Any]:
+    """Each number's mean over the rows that have it; what is no number is that of the last rows."""
+    names = {name: None for _, values in parts for name in values}
+    return {name: _mean([(rows, values[name]) for rows, values in parts if name in values]) for name in names}
+
+def _mean(parts: list[tuple[int, Any]]) -> Any:
+    numbers = all(isinstance(v, (int, float)) or (isinstance(v, Tensor) and v.ndim == 0) for _, v in parts)
+    return sum(rows * v for rows, v in parts) / sum(rows for rows, _ in parts) if numbers else parts[-1][1]
 
 # %% ../../nbs/engine/10b_memory.ipynb #93b45eac
 def check_on_oom(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .batches import Batch
 from .losses import Objective
-from .memory import Cuts, Kept, Once, by_batch
+from .memory import Cuts, Kept, Once, by_batch, mean_over_rows
 from .precision import Precision
 
 # %% ../../nbs/engine/10_step.ipynb #c53d6a22
@@ -125,9 +125,7 @@ class Outcome(NamedTuple):
     rows: int  # of data used
     good: bool  # False where loss or gradient were not finite and the weights stayed as they were
 
-def norm_statistics(
-    model: nn.Module,
-) -> list[Tensor]:
+def norm_statistics(model: nn.Module) -> list[Tensor]:
     """The running means and variances of normalisation layers, and their counters, which a forward pass moves."""
     layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
     return [s for m in layers for s in (m.running_mean, m.running_var, m.num_batches_tracked) if s is not None]
@@ -187,9 +185,8 @@ def accumulate(
     batches: Sequence[Batch],
 ) -> tuple[Tensor, int]:
     """Backward over several batches as if they were one; the loss and the number of rows."""
-    total: Any = 0.0
-    weight: Any = 0
-    first: Any = 0  # the first count that is not 0
+    nothing: Any = 0
+    total, weight, first, extras = nothing, nothing, nothing, []  # first: the first count that is not 0
     for batch in batches:
         step.compute.output = None  # of the batch before: its memory is wanted
         loss = step.compute(batch)
@@ -200,6 +197,8 @@ def accumulate(
         first = prefer(first, count)
         step.precision.scale(loss * (count / prefer(first, 1))).backward()  # relative, so that fp16 keeps its range
         total, weight = total + loss.detach() * count, weight + count
+        if step.compute.extras: extras.append((batch.rows, step.compute.extras))
+    if extras: step.compute.extras = mean_over_rows(extras)
     weight = prefer(weight, 1)
     torch._foreach_mul_(gradients(step.parameters), first / weight)
     return total / weight, sum(b.rows for b in batches)
