@@ -40,8 +40,8 @@ def make(folder, workers=2, **more):
     "The training of the test, with everything on that makes a resume hard."
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(.2), nn.Linear(32, 2))
-    settings = dict(loss="cross_entropy", metrics=["accuracy"], train_metrics=["accuracy"], optimizer="adamw", lr=1e-2, schedule="one_cycle",
-                    batch_size=5, accumulate=2, precision="fp16", workers=workers, clip_norm=1.0, run=folder, board=False,
+    settings = dict(loss="cross_entropy", metrics=["accuracy"], train_metrics=["accuracy"], lr=1e-2, schedule="one_cycle", batch_size=5,
+                    accumulate=2, precision="fp16", workers=workers, clip_norm=1.0, run=folder, board=False,
                     callbacks=[EMA(.9), EarlyStopping(patience=50), Checkpoints(every=2, keep_last=3)])
     return Trainer(model, Noisy(), (Noisy(40).x, Noisy(40).y), **settings | more)
 

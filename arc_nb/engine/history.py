@@ -339,11 +339,13 @@ class Recorder:
     def _extend(self, epoch: int, name: str, pairs: list[tuple[int, float]]) -> None:
         self.history.extend(epoch, "train", [s for s, _ in pairs], {name: [v for _, v in pairs]})
 
-    def epoch_mean(self) -> float | None:
-        """The mean training loss over the epoch's rows; begins anew."""
-        mean = self.total / self.rows if self.rows else None
+    def begin_epoch(self) -> None:
+        """Forgets the rows of the epoch before."""
         self.total = self.rows = 0.0
-        return mean
+
+    def epoch_mean(self) -> float | None:
+        """The mean training loss over the epoch's rows so far."""
+        return self.total / self.rows if self.rows else None
 
 # %% ../../nbs/engine/01_history.ipynb #a74c9879
 ALIVE = ("starting", "training", "validating", "paused")

@@ -28,15 +28,15 @@ class Keeper(Callback):
     step = 0  # of the last state that was kept
 
     def save(self, trainer: Any) -> None:
-        """Keeps the state as it is now, once a step; what fails is told at the next look."""
+        """Keeps the state as it is now, once a step; what fails is told at the next look. What the save before cost training is logged."""
         if self.saver is None or trainer.status.step == self.step: return
         self.step, self.at = trainer.status.step, time.monotonic()
+        if self.saver.stalled: trainer.history.log(self.step, trainer.status.epoch, "epoch", "checkpoint_seconds", self.saver.stalled)
         try:
             state = trainer.state_dict()
             trainer.history.flush()  # the state says how long the history is, so that much of it has to be in the file
             self.saver.save(state, trainer.metadata())
         except Exception as error: self.saver.error = error  # training is worth more than a checkpoint
-        trainer.history.log(self.step, trainer.status.epoch, "epoch", "checkpoint_seconds", self.saver.stalled)
 
     def now(self, trainer: Any) -> None:
         """Keeps the state whatever was kept before, and waits until it is down."""

@@ -25,6 +25,7 @@ from .events import Events, clean_up
 from .goal import Every, Goal
 from .guard import NOTHING, explain
 from .history import History, Recorder, Status
+from .memory import cut
 from .randomness import set_random_state
 from .rates import Schedule, set_lr
 from .step import Computation, Outcome, Step, evaluate, keeping_modes
@@ -162,7 +163,7 @@ def validate(
     status, before = parts.status, parts.status.state
     status.state = "validating"
     parts.events.emit("on_valid_start")
-    scores = evaluate(parts.compute, parts.valid, parts.metrics, limit)
+    scores = evaluate(parts.compute, parts.valid, parts.metrics, limit, parts.step.valid_cuts, parts.step.on_oom)
     parts.history.extend(status.epoch, "valid", [status.step], {name: [value] for name, value in scores.items()})
     status.state = before
     parts.events.emit("on_valid_end")
@@ -188,9 +189,9 @@ def report_not_finite(
 ) -> None:
     """Warns, and asks for a stop: the optimizer has not stepped."""
     status = parts.status
-    told = [explain(parts.compute, batch) for batch in batches]
-    at = next((k for k, sentence in enumerate(told) if sentence != NOTHING), 0)
-    where = f"batch {first + at}: {told[at]}"
+    told = [(k, explain(parts.compute, piece)) for k, batch in enumerate(batches) for piece in cut(batch, parts.step.cuts.most)]
+    at, sentence = next((found for found in told if found[1] != NOTHING), told[0])
+    where = f"batch {first + at}: {sentence}"
     message = (f"stopped at step {status.step} (epoch {status.epoch}): the loss is {float(outcome.loss):g}, the gradient's norm "
                f"{float(outcome.norm):g}: {where}. The weights are those before this step.")
     give_up(parts, message)
@@ -303,6 +304,7 @@ class Epochs(Steps):
         status.epoch += 1
         lookout.leave_out()
         self.at = Within(True, first_step=status.step, rows=lookout.rows, seconds=status.elapsed, lr=self.at.lr)
+        lookout.recorder.begin_epoch()
         self._go_on_drawing()
         if parts.train_metrics: parts.train_metrics.reset()
         parts.events.emit("on_epoch_start")

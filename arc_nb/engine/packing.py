@@ -138,7 +138,7 @@ def unpack(
     raise ValueError(f"a value of the unknown kind {kind!r}")
 
 # %% ../../nbs/engine/08b_packing.ipynb #f72e5fa4
-CHUNK = 1 << 24  # bytes that are written or hashed at a time: 16 MB, so that threads change seldom
+CHUNK = 1 << 22  # bytes that are written or hashed at a time: 4 MB, so that threads change seldom
 
 class Sink(Protocol):
     """What bytes can be written to."""
