@@ -1,4 +1,4 @@
-"""Kills processes in the middle of their saves, and looks at what they leave. Run by test_checkpoint.py in a process that has no threads yet.
+"""Kills processes in the middle of their saves, and looks at what they leave. Run by test_checkpoint.py: a process without threads.
 
 usage: killed_saves.py FOLDER COUNT
 """

@@ -119,9 +119,10 @@ def test_tied_weights_are_stored_once_and_come_back_as_one(tmp_path: Path):
     state = {"ema": {"shared": weight}, "model": {"embed": weight, "head": weight, "view": weight.T}}
     for back in saved_and_read(state, tmp_path):
         model = back["model"]
-        assert model["head"] is model["embed"] is back["ema"]["shared"] and model["view"] is not model["embed"] and model["view"].equal(weight.T)
+        assert model["head"] is model["embed"] is back["ema"]["shared"]
+        assert model["view"] is not model["embed"] and model["view"].equal(weight.T)
     path = newest_good(tmp_path)
-    assert path and (path / "model.safetensors").stat().st_size < 2.2 * weight.nbytes and (path / "state.safetensors").stat().st_size < 100
+    assert (path / "model.safetensors").stat().st_size < 2.2 * weight.nbytes and (path / "state.safetensors").stat().st_size < 100
     twins = nn.ModuleDict({"embed": nn.Linear(50, 50, bias=False), "head": nn.Linear(50, 50, bias=False)})
     twins["head"].weight = twins["embed"].weight
     path = write_checkpoint(tmp_path, {"model": twins.state_dict()}, {"step": 9})
@@ -143,7 +144,8 @@ def test_weights_can_be_read_by_safetensors_alone(tmp_path: Path):
 @pytest.mark.parametrize("value, words", [
     (lambda: 0, "callbacks.0.thing is a function"), (torch.eye(2).to_sparse(), "not dense"), (torch.empty(2, device="meta"), "not dense"),
     (np.array([None]), "an array of object"), (Path("x"), "PosixPath"), ({1, 2}, "a set"), (torch.float32, "a dtype"),
-    (nn.Linear(1, 1), "a Linear"), ({Path("a"): 1}, "its key PosixPath('a')"), (np.datetime64("2020-01-01"), "a date"), (np.array(["word"]), "an array of <U4")])
+    (nn.Linear(1, 1), "a Linear"), ({Path("a"): 1}, "its key PosixPath('a')"), (np.datetime64("2020-01-01"), "a date"),
+    (np.array(["word"]), "an array of <U4")])
 def test_what_cannot_be_stored_is_named_by_its_place(value: Any, words: str, tmp_path: Path):
     state = {"callbacks": [{"thing": value}]}
     saver = Saver(tmp_path / "checkpoints")

@@ -8,7 +8,7 @@ Docs: https://arc-nb.github.io/arc_nb/engine/checkpoint.html.md"""
 __all__ = ['MANIFEST', 'USED', 'canonical', 'sealed', 'read_manifest', 'check', 'verify', 'versions', 'part', 'tensor_part',
            'model_first', 'aliases', 'write_parts', 'write_checkpoint', 'number_of', 'listed', 'sweep', 'tensors_in',
            'read_checkpoint', 'leave_out', 'is_good', 'metadata_of', 'newest_good', 'scores', 'ranked', 'best_good',
-           'remove', 'prune', 'removed', 'is_used', 'prepare_folder', 'snapshot', 'restore']
+           'remove', 'prune', 'is_used', 'prepare_folder', 'snapshot', 'restore']
 
 # %% ../../nbs/engine/09_checkpoint.ipynb #54a94f82
 import gzip
@@ -37,10 +37,8 @@ from .packing import (DAMAGE, FORMAT, Hashed, digest, flush_folder, flushed, pac
 # %% ../../nbs/engine/09_checkpoint.ipynb #74a32c97
 MANIFEST = "manifest.json"
 
-def canonical(
-    value: Any,  # plain types
-) -> str:
-    """The one way to write a value as JSON."""
+def canonical(value: Any) -> str:
+    """The one way to write plain types as JSON."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 def sealed(
@@ -65,6 +63,7 @@ def read_manifest(
     if manifest["format"] > FORMAT: raise too_new(path, manifest["format"])
     return manifest
 
+# %% ../../nbs/engine/09_checkpoint.ipynb #6bb41c3d
 def check(
     file: Path,
     entry: dict[str, Any],  # its length and digest, from the manifest
@@ -135,6 +134,7 @@ def aliases(
             return {name: first.removeprefix("model.") for name, first in tensors.items() if first != f"model.{name}"}
     return {}
 
+# %% ../../nbs/engine/09_checkpoint.ipynb #3078910e
 def write_parts(
     folder: Path,  # of the checkpoint
     state: dict[str, Any],  # plain types and tensors; its "model" is a state_dict
@@ -234,11 +234,8 @@ def read_checkpoint(
         raise ValueError(f"{path} is no checkpoint of arc_nb: {error}") from error
 
 # %% ../../nbs/engine/09_checkpoint.ipynb #4878bb6c
-def leave_out(
-    path: Path,  # of a checkpoint
-    error: Exception,  # that names the file
-) -> bool:
-    """Says that it is damaged; returns False."""
+def leave_out(path: Path, error: Exception) -> bool:
+    """Says that a checkpoint is damaged, in the words of the error; returns False."""
     warnings.warn(f"the checkpoint {path.name} is left out, and left where it is: {error}", RuntimeWarning, stacklevel=4)
     return False
 
@@ -296,12 +293,15 @@ def best_good(
 
 # %% ../../nbs/engine/09_checkpoint.ipynb #db4afba9
 def remove(
-    path: Path,  # of a checkpoint
-) -> None:
-    """Removes a checkpoint: all of it, for whoever lists the folder."""
+    path: Path,  # of a checkpoint that is not needed
+) -> bool:
+    """Removes a checkpoint that is whole, at once for whoever lists the folder; whether it was whole."""
+    try: verify(path)
+    except ValueError: return False
     aside = path.with_name(f".tmp-removed-{path.name}")
     path.rename(aside)
     shutil.rmtree(aside)
+    return True
 
 def prune(
     folder: str | Path,  # the checkpoints of a run, whose newest has been verified
@@ -315,16 +315,7 @@ def prune(
     found = scores(listed(folder), monitor, lambda path, error: None)  # a damaged one is named by whoever wants to load it
     newest = list(reversed(found))
     keep = {*newest[:last], *ranked(found, sign)[:best]}
-    return [path for path in newest if path not in keep and removed(path)]
-
-def removed(
-    path: Path,  # of a checkpoint that is not needed
-) -> bool:
-    """Whether it was whole, and is gone now."""
-    try: verify(path)
-    except ValueError: return False
-    remove(path)
-    return True
+    return [path for path in newest if path not in keep and remove(path)]
 
 # %% ../../nbs/engine/09_checkpoint.ipynb #d36a22b2
 USED = ("history.jsonl", "config.json", "status.json")

@@ -97,14 +97,6 @@ class Packer:
         if all(isinstance(key, str) for key in value): return {"dict": {str(k): inner(k, v) for k, v in value.items()}}
         return {"items": [[self.value(k, f"{path}: its key {k!r}"), inner(k, v)] for k, v in value.items()]}
 
-def array(
-    value: np.ndarray,
-    path: str,  # where it lies in the state
-) -> Tensor:
-    """A numpy array as a tensor of its own."""
-    try: return torch.from_numpy(np.array(value, order="C"))
-    except (TypeError, ValueError) as error: raise refuse(value, path, f"an array of {value.dtype}") from error
-
 # %% ../../nbs/engine/08b_packing.ipynb #1e858d51
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -112,6 +104,14 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
           "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8}  # the names of the safetensors format
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+def array(
+    value: np.ndarray,
+    path: str,  # where it lies in the state
+) -> Tensor:
+    """A numpy array as a tensor of its own."""
+    try: return torch.from_numpy(np.array(value, order="C"))
+    except (TypeError, ValueError) as error: raise refuse(value, path, f"an array of {value.dtype}") from error
 
 def pack(
     state: Any,  # plain types, tensors and arrays, in dicts, lists and tuples
@@ -127,7 +127,8 @@ def unpack(
     """The state again."""
     if isinstance(structure, list): return [unpack(v, tensors) for v in structure]
     if not isinstance(structure, dict): return structure
-    kind, inside = next(iter(structure.items()), ("", None))
+    kind: str = next(iter(structure), "")
+    inside: Any = structure.get(kind)
     if kind == "dict": return {k: unpack(v, tensors) for k, v in inside.items()}
     if kind == "items": return {unpack(k, tensors): unpack(v, tensors) for k, v in inside}
     if kind == "tuple": return tuple(unpack(v, tensors) for v in inside)
