@@ -12,7 +12,6 @@ __all__ = ['COMPARED', 'ROUNDED', 'WAYS', 'CHOSEN', 'said', 'digest', 'described
 # %% ../nbs/40c_resume.ipynb #dcdfb35f
 import hashlib
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from .engine.batches import LoaderBatches, TensorBatches
 from .engine.checkpoint import newest_good, read_checkpoint
 from .engine.events import Callback
 from .engine.loop import Parts
+from .engine.telling import warn
 from .engine.tensors import flatten
 from .runs import plain
 
@@ -129,6 +129,8 @@ def find(
 ) -> Found | None:
     """The checkpoint that is meant; None where the run has none. FileNotFoundError, or ValueError for a damaged one that was named."""
     named = None if resume is True or resume == "force" else Path(str(resume))
+    if named and not named.exists() and not isinstance(resume, Path) and len(named.parts) == 1:
+        raise ValueError(f"resume={resume!r} is none of True, 'force', or the path of a checkpoint")
     path = named or newest_good(folder / "checkpoints")
     if path is None: return None
     state, metadata = read_checkpoint(path)
@@ -151,7 +153,7 @@ def check_resume(
                          "resume='force', or begin a new run with resume=False")
     rounded = [f"{name} was {found.made['settings'][name]!r}, and is {now['settings'][name]!r}" for name in ROUNDED
                if found.made["settings"].get(name) != now["settings"][name]]
-    if differ or rounded: warnings.warn(f"the run goes on, but not to the bit: {'; '.join(differ + rounded)}", UserWarning, stacklevel=4)
+    if differ or rounded: warn(f"the run goes on, but not to the bit: {'; '.join(differ + rounded)}")
 
 # %% ../nbs/40c_resume.ipynb #eeebc99e
 WAYS = ("fused", "foreach", "capturable", "differentiable")  # of computing: settings of a parameter group that belong to the device
@@ -161,7 +163,7 @@ def put_model(
     state: Mapping[str, Any],  # of a checkpoint
 ) -> None:
     """The weights as training had them; ValueError where they do not fit."""
-    try: model.load_state_dict({**state["model"], **state["raw"]})
+    try: model.load_state_dict({**state["model"], **state.get("raw", {})})
     except RuntimeError as error: raise ValueError(f"the checkpoint belongs to another model: {error}") from error
 
 def put_optimizer(
@@ -174,7 +176,7 @@ def put_optimizer(
     try: optimizer.load_state_dict(state)
     except (ValueError, KeyError) as error:
         if not mine: raise
-        warnings.warn(f"the optimizer begins anew, since its state does not fit: {error}", UserWarning, stacklevel=2)
+        warn(f"the optimizer begins anew, since its state does not fit: {error}")
     for group, own in zip(optimizer.param_groups, kept): group.update(own)
 
 def put_schedule(
@@ -190,8 +192,8 @@ def put_schedule(
     before, schedule.base, schedule.scale = parts.status.lr, state["schedule"]["base"], state["schedule"]["scale"]
     schedule.step(parts.status.step - state["place"]["start"])
     schedule.apply()
-    warnings.warn(f"the run was planned for {state['horizon']} steps and is now to have {horizon}: its schedule is planned anew, and "
-                  f"the learning rate goes from {before:g} to {schedule.lr:g}. (fit(epochs=5, plan=10) plans ahead.)", stacklevel=4)
+    warn(f"the run was planned for {state['horizon']} steps and is now to have {horizon}: its schedule is planned anew, and "
+         f"the learning rate goes from {before:g} to {schedule.lr:g}. (fit(epochs=5, plan=10) plans ahead.)")
 
 # %% ../nbs/40c_resume.ipynb #85d7d8da
 CHOSEN = ("lr", "optimizer", "groups", "schedule")  # settings that the optimizer's state holds as well
@@ -205,11 +207,17 @@ def same_settings(
 
 def refit(
     found: Found,
-    batch_size: int,  # of now
+    batch_size: int,  # of now, as what follows
+    accumulate: int,
+    epoch: int | None,  # steps an epoch
 ) -> None:
-    """Where batches have another size now: the number of the next one, so that it begins at about the same row."""
-    old = found.made["settings"].get("batch_size") or batch_size
-    found.place["at"]["batches"] = found.place["at"]["batches"] * old // batch_size
+    """Where an epoch has another number of batches now: which one is next, so that it begins at about the same row, and the steps
+    that the fit would have made by now, for its schedule and its end."""
+    place, old = found.place, found.made["settings"].get("batch_size") or batch_size
+    place["at"]["batches"] = place["at"]["batches"] * old // batch_size
+    if epoch is None: return
+    whole = found.state["epoch"] - place["first"] - place["at"]["inside"]
+    place["start"] = found.state["step"] - whole * epoch - -(-place["at"]["batches"] // accumulate)
 
 # %% ../nbs/40c_resume.ipynb #a24fcf66
 def put_callbacks(

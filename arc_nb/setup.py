@@ -9,7 +9,6 @@ __all__ = ['check_whole', 'check_numbers', 'make_goal', 'check_fit', 'check_choi
            'make_objective', 'check_schedule', 'make_metrics', 'about', 'Materials', 'Setup']
 
 # %% ../nbs/40_setup.ipynb #68944f7c
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
@@ -23,7 +22,7 @@ from .engine.batches import Batch, LoaderBatches, TensorBatches, hold_out, make_
 from .engine.events import Callback
 from .engine.goal import Every, Goal, seconds
 from .engine.keeping import Checkpoints
-from .engine.loop import Parts
+from .engine.loop import Parts, length_of
 from .engine.objectives import objective, penalty
 from .engine.optimizers import optimizer as make_optimizer
 from .engine.precision import Precision, pick_device
@@ -32,6 +31,7 @@ from .engine.randomness import seeded
 from .engine.rates import schedule as make_schedule
 from .engine.rates import set_lr
 from .engine.step import Computation, Step, make_step
+from .engine.telling import warn
 from .settings import settings
 
 # %% ../nbs/40_setup.ipynb #72bcb5d2
@@ -74,7 +74,8 @@ def make_goal(
         raise ValueError("how far? fit(epochs=5), fit(steps=1000) or fit(max_time='2h')")
     least = epochs if epochs is not None else steps
     if plan is not None and (least is None or plan < least):
-        raise ValueError(f"plan={plan}: it says how long the whole run is, in epochs or steps, and this fit makes {least} of them")
+        makes = f"makes {least} of them" if least is not None else "counts neither"
+        raise ValueError(f"plan={plan}: it says how long the whole run is, in epochs or steps, and this fit {makes}")
     return Goal(epochs, steps, seconds(max_time) if max_time is not None else None, limit_batches, log_every, valid_every, plan=plan)
 
 def check_fit(
@@ -128,7 +129,7 @@ def warn_unused(
     if workers and (own or not isinstance(train, Dataset)): idle.append("workers")
     if not idle or train is None: return
     verb = "has" if len(idle) == 1 else "have"
-    warnings.warn(f"{', '.join(idle)} {verb} no effect: train is a {type(train).__name__}", UserWarning, stacklevel=3)
+    warn(f"{', '.join(idle)} {verb} no effect: train is a {type(train).__name__}")
 
 # %% ../nbs/40_setup.ipynb #44bc3f7e
 def make_objective(
@@ -282,8 +283,14 @@ class Setup(Materials):
         parts = Parts(self.compute, self.step, self.train, self.valid, self.metrics, self.train_metrics, accumulate=accumulate, **shared)
         if self.given["schedule"] is None: return parts
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs): set_lr(group, lr)
-        epoch = Goal(epochs=1, limit_batches=goal.limit_batches).total(parts.length, parts.accumulate)
         total = goal.horizon(parts.length, parts.accumulate)
         steps = None if total is None else max(1, total)
-        parts.schedule = make_schedule(self.given["schedule"], self.optimizer, steps=steps, steps_per_epoch=epoch)
+        parts.schedule = make_schedule(self.given["schedule"], self.optimizer, steps=steps, steps_per_epoch=self.epoch_steps(goal))
         return parts
+
+    def epoch_steps(
+        self,
+        goal: Goal,  # whose limit_batches counts
+    ) -> int | None:
+        """Optimizer steps an epoch; None where nobody knows."""
+        return Goal(epochs=1, limit_batches=goal.limit_batches).total(length_of(self.train), self.given["accumulate"])

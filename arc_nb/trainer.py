@@ -11,7 +11,6 @@ __all__ = ['NO_PLAN', 'PAUSE', 'Preparing', 'Training', 'Using', 'Keeping', 'Tra
 import asyncio
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from .engine.memory import check_on_oom
 from .engine.probe import summary
 from .engine.randomness import keyed_seed, random_state, seeded
 from .engine.step import evaluate
+from .engine.telling import warn
 from .resume import Found, check_resume, find, fingerprint, put_callbacks, put_model, put_optimizer, put_schedule, refit, same_settings
 from .setup import Setup, check_choices, check_fit, check_keepers, check_numbers, make_goal, warn_unused
 from .state import Foldered
@@ -64,7 +64,7 @@ class Preparing(Foldered):
         loop = Loop(parts, goal)
         self.horizon = goal.horizon(parts.length, parts.accumulate)
         if goal.plan is not None and not self._ends_with_the_run(parts):
-            warnings.warn(NO_PLAN.format(plan=goal.plan), UserWarning, stacklevel=3)
+            warn(NO_PLAN.format(plan=goal.plan))
         if found: self._go_on(loop, found, mine)
         return loop
 
@@ -86,10 +86,10 @@ class Preparing(Foldered):
         state, place = found.state, found.place
         self.status.step, self.status.epoch = state["step"], state["epoch"]
         self.status.lr = float(state["optimizer"]["param_groups"][0]["lr"])
+        if force: refit(found, self.setup.given["batch_size"], self.setup.given["accumulate"], self.setup.epoch_steps(goal))
         if in_all: goal = goal.since(place["first"], place["start"])
         mine = force and not same_settings(found, self.fingerprint())
         if not mine: self.setup.base_lrs = list(state["base_lrs"])
-        if force: refit(found, self.setup.given["batch_size"])
         return goal, mine
 
     def _go_on(self, loop: Loop, found: Found, mine: bool) -> None:
@@ -167,14 +167,14 @@ class Training(Preparing):
     def _hangs(self, where: str) -> None:
         """Tells a person, from the watchdog's thread."""
         self.status.message = where
-        warnings.warn(f"step {self.step} of {self.name}: {where}", RuntimeWarning, stacklevel=2)
+        warn(f"step {self.step} of {self.name}: {where}", RuntimeWarning)
 
     def _can_retry(self) -> bool: return bool(self.path and newest_good(self.path / "checkpoints"))
 
     def _pause(self, reason: str, attempt: int, retry: int) -> None:
         wait = PAUSE * 2 ** (attempt - 1)
-        warnings.warn(f"the fit failed at step {self.step}: {reason}. In {wait:g} s it goes on from its last good checkpoint "
-                      f"(attempt {attempt} of {retry}).", RuntimeWarning, stacklevel=3)
+        warn(f"the fit failed at step {self.step}: {reason}. In {wait:g} s it goes on from its last good checkpoint "
+             f"(attempt {attempt} of {retry}).", RuntimeWarning)
         time.sleep(wait)
 
     async def fit_async(self, *args: Any, **options: Any) -> History:

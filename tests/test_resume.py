@@ -1,10 +1,15 @@
 """A run that is interrupted and resumed ends as the uninterrupted one: weights, optimizer, callbacks and history, to the bit."""
+import contextlib
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,10 +200,9 @@ def test_a_rate_that_was_set_by_hand_is_kept(tmp_path):
 
 # --- Longer, planned, changed ----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("unit", ["epochs", "steps"])
-@pytest.mark.parametrize("more", [{"schedule": "one_cycle"}, {"callbacks": lambda: [SWA(.5)]}])
+@pytest.mark.parametrize("unit, more", [("epochs", {"schedule": "one_cycle"}), ("steps", {"schedule": "one_cycle"}),
+                                        ("epochs", {"callbacks": lambda: [SWA(.5)]})])
 def test_planned_ahead_is_exact(unit, more, tmp_path):
-    if unit == "steps" and "callbacks" in more: pytest.skip("SWA counts epochs")
     part, total = (2, 4) if unit == "epochs" else (19, 40)
     whole = make(tmp_path / "whole", **more)
     whole.fit(**{unit: total})
@@ -233,7 +237,8 @@ def test_a_plan_without_effect_is_told(tmp_path):
 
 CHANGES = {"lr": {"lr": 1e-3}, "batch_size": {"batch_size": 12}, "loss": {"loss": ("cross_entropy", {"label_smoothing": .1})},
            "optimizer": {"optimizer": "sgd"}, "schedule": {"schedule": "cosine"}, "seed": {"seed": 1},
-           "train had 120 rows": {"data": classes(100)}, "train has other values": {"data": classes(120, 5)}, "valid": {"valid": classes(40, 7)}, "callbacks": {"callbacks": lambda: [EMA()]},
+           "train had 120 rows": {"data": classes(100)}, "train has other values": {"data": classes(120, 5)},
+           "valid": {"valid": classes(40, 7)}, "callbacks": {"callbacks": lambda: [EMA()]},
            "valid was given": {"valid": None}, "precision": {"precision": "bf16"}, "accumulate": {"accumulate": 2}}
 
 
@@ -345,6 +350,40 @@ def test_a_folder_that_is_lost_while_training(loss, on_error, tmp_path):
     assert len(t.history.series("train", "loss")[0]) == t.step
 
 
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="a small disk is mounted, which only root may do")
+def test_a_disk_that_is_full_for_a_while(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode: pytest.skip("no mounting here")
+    try:
+        def fill(t):
+            if t.step == 20:  # somebody else fills it to the last byte
+                with contextlib.suppress(OSError): (disk / "film").write_bytes(bytes(10**6))
+            if t.step == 60: (disk / "film").unlink()
+        slow = On(on_step_start=lambda t: time.sleep(.01))
+        wide = nn.Sequential(nn.Linear(4, 2000), nn.ReLU(), nn.Linear(2000, 3))  # 190 kB a checkpoint
+        t = make(disk / "r", model=wide, callbacks=[Checkpoints(every=10), slow, On(order=90, on_step_start=fill)])
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            t.fit(epochs=8)
+        told = [str(w.message) for w in heard]
+        assert t.status.state == "completed" and any("could not be written" in s and "No space left" in s for s in told)
+        assert sum("history cannot be written" in s for s in told) <= 1 and sum("status cannot be written" in s for s in told) <= 1
+        assert saved(disk / "r")[1]["step"] == 96 and not list((disk / "r/checkpoints").glob(".tmp*"))
+        assert len(History.read(disk / "r").series("train", "loss")[0]) == 96  # what had to wait was written later
+    finally: subprocess.run(["umount", disk], check=True)
+
+
+def test_a_file_of_the_first_format_gives_weights_and_optimizer_but_no_place(tmp_path):
+    old = Path(__file__).parent / "formats/1.pt"
+    state = torch.load(old, weights_only=True)
+    t = make(tmp_path / "r", model=net())
+    t.load_checkpoint(old)
+    assert all(torch.equal(v, state["model"][k]) for k, v in t.model.state_dict().items()) and t.step == state["step"] > 0
+    assert torch.equal(t.optimizer.state_dict()["state"][0]["exp_avg"], state["optimizer"]["state"][0]["exp_avg"])
+    with pytest.raises(ValueError, match="does not say where.*load_checkpoint"): make(tmp_path / "s").fit(epochs=1, resume=old)
+
+
 def test_save_now_and_by_hand(tmp_path):
     kept = []
     def ask(t):
@@ -420,6 +459,27 @@ def test_an_error_in_the_data_or_in_validation(tmp_path):
         parts, whole = (make(folder, callbacks=calm, schedule="one_cycle") for folder in (run, run / "w"))
         parts.fit(epochs=3, resume=True); whole.fit(epochs=3)
         assert_same(outcome(whole), outcome(parts))
+
+
+@pytest.mark.parametrize("valid_every, step", [("1 epoch", 12), (5, 5), (5, 10)])
+def test_a_stop_in_the_middle_of_a_validation_is_heard_and_made_up_for(valid_every, step, tmp_path):
+    class Slow(Dataset):
+        trainer, seen = None, 0
+        def __len__(self): return 100
+        def __getitem__(self, k):
+            if self.trainer and self.trainer.step == step: Slow.seen += 1; time.sleep(.02)
+            if Slow.seen == 30: self.trainer.stop()
+            return X[k], Y[k]
+    Slow.seen = 0
+    calm = dict(valid=Slow(), valid_every=valid_every, callbacks=lambda: [EMA(.9)], schedule="one_cycle")
+    t, whole, parts = (make(tmp_path / name, **calm) for name in ("r", "whole", "r"))
+    t.setup.given["valid"].trainer = t
+    t.fit(epochs=2)
+    assert t.step == step and Slow.seen < 60 and t.status.state == "stopped"
+    assert len(t.history.series("valid", "loss")[0]) == (1 if step == 10 else 0)
+    t.setup.given["valid"].trainer = None
+    whole.fit(epochs=2); parts.fit(epochs=2, resume=True)
+    assert_same(outcome(whole), outcome(parts))
 
 
 def test_nan_leaves_a_good_checkpoint_and_a_resume_goes_on_behind_it(tmp_path):

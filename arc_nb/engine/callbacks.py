@@ -9,7 +9,6 @@ __all__ = ['SMALLER', 'direction', 'watched', 'EarlyStopping', 'Averaged', 'EMA'
 
 # %% ../../nbs/engine/13_callbacks.ipynb #5af8d68f
 import math
-import warnings
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from .checkpoint import restore, snapshot
 from .events import Callback
 from .history import History
+from .telling import warn
 
 # %% ../../nbs/engine/13_callbacks.ipynb #78bed6e8
 SMALLER = ("loss", "mae", "mse", "rmse", "mape", "smape", "perplexity", "error", "nll", "seconds")
@@ -175,8 +175,8 @@ class SWA(Averaged):
         last = trainer.status.planned or trainer.status.epochs
         if last is None: raise ValueError("SWA needs to know where the run's last part begins: call fit(epochs=...)")
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in trainer.model.modules()):
-            warnings.warn("SWA averages the weights, and the batch norm statistics are those of the last ones: pass the training data "
-                          "through the model once more (torch.optim.swa_utils.update_bn), or use EMA", UserWarning, stacklevel=2)
+            warn("SWA averages the weights, and the batch norm statistics are those of the last ones: pass the training data "
+                 "through the model once more (torch.optim.swa_utils.update_bn), or use EMA")
         self.first = trainer.status.epoch + self.start * (last - trainer.status.epoch)
 
     def on_epoch_end(self, trainer: Any) -> None:

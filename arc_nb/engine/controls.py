@@ -57,6 +57,11 @@ class Controls:
         """Ends the run after the step in progress; with `final` it counts as finished, and a resume does not go on."""
         self._ask(stop=state, reason=reason, final=final, pause=False)
 
+    @property
+    def stopping(self) -> bool:
+        """Whether a stop has been asked for and not yet obeyed."""
+        return self._requests.stop is not None
+
     def pause(self) -> None:
         """Holds the run after the step in progress, until `resume` or `stop`."""
         self._ask(pause=True)

@@ -10,7 +10,6 @@ __all__ = ['Keeper', 'Checkpoints']
 # %% ../../nbs/engine/13b_keeping.ipynb #79b5b4af
 import math
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from .events import Callback
 from .goal import Every
 from .packing import pack
 from .saver import Saver
+from .telling import warn
 
 # %% ../../nbs/engine/13b_keeping.ipynb #cb018b8e
 class Keeper(Callback):
@@ -52,7 +52,7 @@ class Keeper(Callback):
         latest = self.saver.latest if self.saver else None
         there = f"the newest good one is {latest.name}" if latest else "there is none yet"
         message = f"a checkpoint could not be written ({type(error).__name__}: {error}); {there}"
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        warn(message, RuntimeWarning)
         trainer.status.message = message
         if self.stops: trainer.controls.stop(message, "failed")
 

@@ -9,7 +9,6 @@ __all__ = ['TOO_FEW', 'Batch', 'unpack', 'inputs_of', 'is_nested', 'opened', 'co
            'gives_many', 'DatasetReader', 'ListReader', 'LoaderBatches', 'make_loader', 'read_dataset']
 
 # %% ../../nbs/engine/03a_loaders.ipynb #17fd1e7c
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from .randomness import forked, item_seed, keyed_seed, permutation, seed_item
 from .replay import Replay, first_of, generators_of, put_back, sized, states_of
+from .telling import warn
 from .tensors import from_array
 
 # %% ../../nbs/engine/03a_loaders.ipynb #660f8062
@@ -176,7 +176,7 @@ class DatasetReader:
     def read(self, number: int = 1, start: int = 0) -> Iterator:
         """The batches of an epoch from `start` on; nothing before it is read."""
         if start and self.options["num_workers"] and generators_of(self.data):
-            warnings.warn(_OWN.format(what=self.what, kind=type(self.data).__name__), UserWarning, stacklevel=3)
+            warn(_OWN.format(what=self.what, kind=type(self.data).__name__))
         return iter(self.loader(number, start))
 
     def state_dict(self) -> dict:

@@ -11,7 +11,6 @@ __all__ = ['Found', 'take', 'sizes', 'cut', 'is_out_of_memory', 'release', 'gene
 # %% ../../nbs/engine/10b_memory.ipynb #3f4dae0b
 import gc
 import random
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Batch
+from .telling import warn
 
 # %% ../../nbs/engine/10b_memory.ipynb #d3068a2f
 def take(
@@ -142,7 +142,7 @@ class Cuts:
                 if not self.halve(batches): error.add_note(alone(batches)); self.load_state_dict(before); raise
             else: break
             undo(); release(); put_back()
-        if self.most != before["rows"]: warnings.warn(self.told(batches) + also, RuntimeWarning, stacklevel=2)
+        if self.most != before["rows"]: warn(self.told(batches) + also, RuntimeWarning)
         return found
 
     def halve(self, batches: Sequence[Batch]) -> bool:

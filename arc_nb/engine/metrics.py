@@ -233,11 +233,13 @@ class Metrics:
             if member.built is not None: member.built.reset()
 
     def state_dict(self) -> dict[str, Any]: # what has been seen so far, in plain types and tensors
-        return {"rows": self.rows, "members": [{"kept": list(m.kept), "states": states_of(m.built)} for m in self.members]}
+        return {"rows": self.rows, "members": {m.name: {"kept": list(m.kept), "states": states_of(m.built)} for m in self.members}}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: # metrics of the same specs, checked on a batch
+    def load_state_dict(self, state: dict[str, Any]) -> None: # into metrics that were checked on a batch; one that is new begins anew
         self.rows = state["rows"]
-        for member, saved in zip(self.members, state["members"], strict=True):
+        for member in self.members:
+            if member.name not in state["members"]: continue
+            saved = state["members"][member.name]
             member.kept = [tuple(pair) for pair in saved["kept"]]
             put_states(member.built, saved["states"])
 

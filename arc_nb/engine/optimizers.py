@@ -11,7 +11,6 @@ __all__ = ['OPTIMIZERS', 'Pattern', 'optimizers', 'optimizer_class', 'fits', 'tr
 # %% ../../nbs/engine/07_optimizers.ipynb #46f864c2
 import inspect
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -21,6 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .lookup import check_options, split_spec, unknown
+from .telling import warn
 
 # %% ../../nbs/engine/07_optimizers.ipynb #1f3f15c8
 OPTIMIZERS: dict[str, tuple[type[Optimizer], str]] = {
@@ -139,5 +139,5 @@ def owned(built: Optimizer, model: nn.Module, more: Mapping[Any, Any]) -> Optimi
     if strangers or len(missing) == len(names):
         raise ValueError(f"this {type(built).__name__} holds {len(strangers)} parameters that are not the model's and lacks {len(missing)} "
                          "that are. Build it from this model's parameters, or give its name.")
-    if missing: warnings.warn(f"the optimizer does not hold {missing[:5]}, which will not be trained", stacklevel=3)
+    if missing: warn(f"the optimizer does not hold {missing[:5]}, which will not be trained")
     return built

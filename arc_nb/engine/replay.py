@@ -10,7 +10,6 @@ __all__ = ['KINDS', 'Reading', 'generators_of', 'states_of', 'state_of', 'put_ba
 
 # %% ../../nbs/engine/02d_replay.ipynb #001b8bac
 import random
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from .randomness import Stream, keyed_seed, random_state, set_random_state
+from .telling import warn
 
 # %% ../../nbs/engine/02d_replay.ipynb #e40d33c3
 class Reading:
@@ -194,9 +194,9 @@ def tell(data: Replay, number: int, skip: int) -> None:
     kind, loader = type(data.source).__name__, isinstance(data.source, DataLoader)
     if skip < 0: raise ValueError(_BEYOND.format(what=data.what, kind=kind, drawn=data.drawn, wanted=data.drawn + skip))
     if loader and isinstance(data.source.dataset, IterableDataset): kind = f"{kind} over an IterableDataset"
-    if skip: warnings.warn(_AGAIN.format(what=data.what, kind=kind, skip=skip), UserWarning, stacklevel=5)
+    if skip: warn(_AGAIN.format(what=data.what, kind=kind, skip=skip))
     if loader and data.source.num_workers and data.source.persistent_workers and (number > 1 or data.epoch):
-        warnings.warn(_PERSISTENT.format(what=data.what), UserWarning, stacklevel=5)
+        warn(_PERSISTENT.format(what=data.what))
 
 # %% ../../nbs/engine/02d_replay.ipynb #880d59d5
 _END = object()
