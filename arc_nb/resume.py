@@ -6,8 +6,9 @@ Docs: https://arc-nb.github.io/arc_nb/resume.html.md"""
 
 # %% auto #0
 __all__ = ['COMPARED', 'ROUNDED', 'WAYS', 'CHOSEN', 'said', 'digest', 'described', 'fingerprint', 'differences', 'data_differ',
-           'model_differs', 'Found', 'find', 'check_resume', 'put_model', 'put_optimizer', 'put_schedule',
-           'same_settings', 'refit', 'put_callbacks', 'on_device']
+           'model_differs', 'Found', 'find', 'newest_in', 'home_of', 'check_resume', 'modules_in', 'beside_weights',
+           'put_model', 'put_beside', 'put_optimizer', 'put_schedule', 'same_settings', 'refit', 'put_callbacks',
+           'on_device']
 
 # %% ../nbs/40c_resume.ipynb #dcdfb35f
 import hashlib
@@ -77,9 +78,11 @@ def fingerprint(
 ) -> dict[str, Any]:
     """What a run is made of, in plain types: what has to be the same when it is resumed."""
     given = {name: said(setup.given[name]) for name in (*COMPARED, *ROUNDED)}
+    remembers = lambda c: type(c).state_dict is not Callback.state_dict
     return {"settings": given | {"limit_batches": limit_batches, "device": setup.compute.precision.device.type},
             "train": described(setup.train, setup.example), "valid": described(setup.valid),
-            "callbacks": [type(c).__name__ for c in callbacks]}
+            "callbacks": [type(c).__name__ for c in callbacks if remembers(c)],
+            "other callbacks": [type(c).__name__ for c in callbacks if not remembers(c)]}
 
 # %% ../nbs/40c_resume.ipynb #f2317452
 def differences(
@@ -130,14 +133,33 @@ def find(
     """The checkpoint that is meant; None where the run has none. FileNotFoundError, or ValueError for a damaged one that was named."""
     named = None if resume is True or resume == "force" else Path(str(resume))
     if named and not named.exists() and not isinstance(resume, Path) and len(named.parts) == 1:
-        raise ValueError(f"resume={resume!r} is none of True, 'force', or the path of a checkpoint")
-    path = named or newest_good(folder / "checkpoints")
+        raise ValueError(f"resume={resume!r} is none of True, 'force', or the path of a checkpoint or a run")
+    path = newest_in(named) if named else newest_good(folder / "checkpoints")
     if path is None: return None
     state, metadata = read_checkpoint(path)
     if "place" not in state:
         raise ValueError(f"{path} does not say where in the data it stood, so fit(resume=) cannot go on from it; "
                          f"trainer.load_checkpoint({str(path)!r}) takes its weights and optimizer")
+    if metadata.get("broken"):
+        warn(f"{path.name} was kept after an error {metadata['broken']}: the run goes on from there, but not to the bit", RuntimeWarning)
     return Found(path, state, metadata["made"])
+
+def newest_in(
+    path: Path,  # a checkpoint, or a run, or a run's folder of checkpoints
+) -> Path:
+    """The checkpoint itself, or the newest good one of the run. FileNotFoundError where there is none."""
+    within = path if path.name == "checkpoints" else path / "checkpoints"
+    if not within.is_dir(): return path
+    found = newest_good(within)
+    if found is None: raise FileNotFoundError(f"{path} has no checkpoint that is whole")
+    return found
+
+def home_of(
+    path: Path,  # of a checkpoint
+) -> Path | None:
+    """The folder of the run that it belongs to; None where it lies outside of one."""
+    home = path.resolve().parent.parent
+    return home if path.resolve().parent.name == "checkpoints" and (home / "history.jsonl").exists() else None
 
 def check_resume(
     found: Found,
@@ -154,17 +176,54 @@ def check_resume(
     rounded = [f"{name} was {found.made['settings'][name]!r}, and is {now['settings'][name]!r}" for name in ROUNDED
                if found.made["settings"].get(name) != now["settings"][name]]
     if differ or rounded: warn(f"the run goes on, but not to the bit: {'; '.join(differ + rounded)}")
+    were, are = found.made["other callbacks"], now["other callbacks"]
+    if were != are: warn(f"callbacks without a state of their own were {were}, and are {are}: whether that matters is yours to know")
 
 # %% ../nbs/40c_resume.ipynb #eeebc99e
+def modules_in(
+    spec: Any,  # a loss, or several
+) -> list[nn.Module]:
+    """The torch modules in it."""
+    if isinstance(spec, nn.Module): return [spec]
+    parts = spec.values() if isinstance(spec, Mapping) else spec if isinstance(spec, (tuple, list)) else ()
+    return [module for part in parts for module in modules_in(part)]
+
+def beside_weights(
+    model: nn.Module,
+    loss: Any,  # as the Trainer was given it
+) -> dict[str, Any]:
+    """What a training depends on beside the model's state_dict: buffers that are not persistent, frozen layers, what the loss remembers."""
+    kept = model.state_dict().keys()
+    return {"buffers": {name: buffer for name, buffer in model.named_buffers() if name not in kept},
+            "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+            "loss": [module.state_dict() for module in modules_in(loss)]}
+
 WAYS = ("fused", "foreach", "capturable", "differentiable")  # of computing: settings of a parameter group that belong to the device
 
 def put_model(
     model: nn.Module,
     state: Mapping[str, Any],  # of a checkpoint
 ) -> None:
-    """The weights as training had them; ValueError where they do not fit."""
-    try: model.load_state_dict({**state["model"], **state.get("raw", {})})
-    except RuntimeError as error: raise ValueError(f"the checkpoint belongs to another model: {error}") from error
+    """The weights as training had them, and what else the model remembers; ValueError where they do not fit."""
+    unfit = model_differs(state["model"], model)
+    if unfit: raise ValueError(f"the checkpoint holds another model: {'; '.join(unfit)}")
+    model.load_state_dict({**state["model"], **state.get("raw", {})})
+
+def put_beside(
+    model: nn.Module,
+    loss: Any,  # as the Trainer was given it
+    state: Mapping[str, Any],  # of a checkpoint
+) -> None:
+    """What `beside_weights` kept."""
+    beside = state.get("beside")
+    if beside is None: return
+    for name, value in beside["buffers"].items():
+        owner, _, own = name.rpartition(".")
+        module = model.get_submodule(owner)
+        there = module._buffers[own]
+        module._buffers[own] = value.to(there.device if there is not None else next(model.parameters()).device)
+    for name, parameter in model.named_parameters(): parameter.requires_grad_(name not in beside["frozen"])
+    for module, saved in zip(modules_in(loss), beside["loss"]): module.load_state_dict(saved)
 
 def put_optimizer(
     optimizer: torch.optim.Optimizer,

@@ -23,6 +23,7 @@ from .engine.events import Callback
 from .engine.goal import Every, Goal, seconds
 from .engine.keeping import Checkpoints
 from .engine.loop import Parts, length_of
+from .engine.memory import cut, is_out_of_memory
 from .engine.objectives import objective, penalty
 from .engine.optimizers import optimizer as make_optimizer
 from .engine.precision import Precision, pick_device
@@ -127,6 +128,8 @@ def warn_unused(
     changed = (("batch_size", given["batch_size"] != 32), ("drop_last", given["drop_last"]), ("shuffle", not given["shuffle"]))
     idle = [name for name, set_ in changed if own and set_]
     if workers and (own or not isinstance(train, Dataset)): idle.append("workers")
+    if given["run"] is False and given["checkpoint_every"] not in ("1 epoch", None):
+        warn("checkpoint_every has no effect: run=False keeps nothing")
     if not idle or train is None: return
     verb = "has" if len(idle) == 1 else "have"
     warn(f"{', '.join(idle)} {verb} no effect: train is a {type(train).__name__}")
@@ -225,6 +228,13 @@ class Materials:
         return (self.batches(train, "train", self.given["shuffle"]) if train is not None else None,
                 self.batches(valid, "valid") if valid is not None else None)
 
+    def _probed(self, batch: Batch) -> tuple[Any, Batch]:
+        """The model's output for the first batch, and the batch: less of it where memory does not suffice."""
+        try: return probe(self.compute, batch), batch
+        except RuntimeError as error:
+            if batch.rows < 2 or not is_out_of_memory(error): raise
+        return self._probed(cut(batch, batch.rows // 2)[0])
+
     def _look(self) -> list[tuple[Any, Any]]:
         """Sends the first rows through model and loss; (output, target) of train and valid, for the metrics."""
         seen, goal = [], self.compute.objective
@@ -232,7 +242,7 @@ class Materials:
             if batches is None: continue
             with about(what):
                 with seeded(self.given["seed"]): batch = batches.peek()
-                if goal: seen.append((goal.point(probe(self.compute, batch)), batch.target))
+                if goal: output, batch = self._probed(batch); seen.append((goal.point(output), batch.target))
             if batches is self.train: self.example = batch
         return seen
 

@@ -23,7 +23,8 @@ from .engine.events import Callback, Events, order_table
 from .engine.keeping import Checkpoints
 from .engine.loop import Loop, place_of
 from .engine.randomness import random_state
-from .resume import Found, fingerprint
+from .engine.telling import warn
+from .resume import Found, beside_weights, fingerprint, home_of
 from .runs import Source, check_free, describe, open_folder, read_config, write_config
 from .setup import Setup
 
@@ -45,6 +46,11 @@ class State(Source):
     def optimizer(self) -> torch.optim.Optimizer: return self.setup.optimizer
     @property
     def validates(self) -> bool: return self.setup.valid is not None
+    @property
+    def monitors(self) -> list[str] | None:
+        """The columns that validation gives; none without validation, None where that is known only when it has been measured."""
+        columns = self.setup.metrics.columns if self.setup.metrics else []
+        return None if columns is None else [f"valid_{name}" for name in ("loss", *columns)] if self.validates else []
     @property
     def step(self) -> int: return self.status.step
     @property
@@ -83,6 +89,7 @@ class Stating(State):
             for_use, for_training = callback.swapped()
             used |= for_use; raw |= for_training
         state = {"model": {**model, **used}, "raw": {name: raw.get(name, model[name]) for name in used},
+                 "beside": beside_weights(self.model, setup.given["loss"]),
                  "optimizer": self.optimizer.state_dict(), "precision": setup.compute.precision.state_dict(),
                  "step_state": setup.step.state_dict(), "base_lrs": list(setup.base_lrs), "horizon": self.horizon,
                  "schedule": loop.parts.schedule.state_dict() if loop and loop.parts.schedule else {},
@@ -101,7 +108,8 @@ class Stating(State):
         columns = ["train_loss", *(f"valid_{name}" for split, name in self.history.names() if split == "valid")]
         measured = {name: self.history.measured(name, self.step) for name in columns}
         return {"step": self.step, "epoch": self.epoch, "monitors": {k: v for k, v in measured.items() if v is not None},
-                "made": self.fingerprint(), "versions": versions(), "time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+                "broken": self.loop.broken if self.loop else "", "made": self.fingerprint(), "versions": versions(),
+                "time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
 
     def fingerprint(self) -> dict[str, Any]:
         """What the run is made of, in plain types: settings, data, callbacks."""
@@ -142,14 +150,15 @@ class Foldered(Listening):
     def _open(self, found: Found | None = None) -> Path | None:
         """Makes the run's folder at the first fit, or opens that of the run that goes on."""
         if not self.folder: return None
-        mine = found is not None and self.folder.resolve() in found.path.resolve().parents
-        if not mine and found and self.path:
+        home = home_of(found.path) if found else None
+        mine = home is not None and home == self.folder.resolve()
+        if found and not mine and self.path:
             raise ValueError(f"this Trainer has a run of its own in {self.path}: make a new one to go on from {found.path}")
-        path = self._reopen(found) if mine and found else self.path or self._begin()
+        path = self._reopen(found) if found and mine else self.path or self._begin()
         self.history.path = path / "history.jsonl"
-        old = found.path.resolve().parents[1] / "history.jsonl" if found and not mine else None
-        if old and old.exists(): shutil.copy(old, self.history.path)
-        if found: self.history.rewind(found.place["history"])
+        if home and not mine: shutil.copy(home / "history.jsonl", self.history.path)
+        if home and found: self.history.rewind(found.place["history"])
+        elif found: warn(f"{found.path} lies outside of its run: the history begins at step {self.step}")
         self.status.write(path)  # alive from the first moment, for whoever looks from elsewhere
         return path
 

@@ -32,7 +32,20 @@ from .engine.probe import summary
 from .engine.randomness import keyed_seed, random_state, seeded
 from .engine.step import evaluate
 from .engine.telling import warn
-from .resume import Found, check_resume, find, fingerprint, put_callbacks, put_model, put_optimizer, put_schedule, refit, same_settings
+from arc_nb.resume import (
+    Found,
+    check_resume,
+    find,
+    fingerprint,
+    newest_in,
+    put_beside,
+    put_callbacks,
+    put_model,
+    put_optimizer,
+    put_schedule,
+    refit,
+    same_settings,
+)
 from .setup import Setup, check_choices, check_fit, check_keepers, check_numbers, make_goal, warn_unused
 from .state import Foldered
 from .using import export_model, predict, read_model, save_model
@@ -78,7 +91,7 @@ class Preparing(Foldered):
         assert self.folder
         found = find(self.folder, resume)
         if found: check_resume(found, self.fingerprint(), self.model, resume == "force")
-        else: print(f"{self.folder} has no checkpoint to resume: the run begins")
+        else: print(f"{self.folder} has no good checkpoint to resume: the run begins")
         return found
 
     def _go_back(self, found: Found, goal: Goal, in_all: bool, force: bool) -> tuple[Goal, bool]:
@@ -105,6 +118,7 @@ class Preparing(Foldered):
 
         def bring_back() -> None:
             put_model(self.model, state)
+            put_beside(self.model, setup.given["loss"], state)
             put_callbacks(self.own_callbacks, state["callbacks"], setup.compute.precision.device)
 
         parts.on_start = bring_back
@@ -142,10 +156,10 @@ class Training(Preparing):
             try: history = self._run(loop, detect_anomaly, patience, keep_first=retry > 0)
             except Exception as error:
                 if attempt == retry or not self._can_retry(): raise
-                reason = f"{type(error).__name__}: {error}"
+                reason = f"failed at step {self.step}: {type(error).__name__}: {error}"
             else:
                 if attempt == retry or self.status.state != "failed" or not self._can_retry(): return history
-                reason = self.status.message
+                reason = "failed"  # and has said why
             goal, resume, in_all = loop.left(), True, False
             self._pause(reason, attempt + 1, retry)
         raise AssertionError("a fit ends in one of its attempts")
@@ -173,8 +187,8 @@ class Training(Preparing):
 
     def _pause(self, reason: str, attempt: int, retry: int) -> None:
         wait = PAUSE * 2 ** (attempt - 1)
-        warn(f"the fit failed at step {self.step}: {reason}. In {wait:g} s it goes on from its last good checkpoint "
-             f"(attempt {attempt} of {retry}).", RuntimeWarning)
+        warn(f"in {wait:g} s the fit goes on from its last good checkpoint (attempt {attempt} of {retry}), since it {reason}",
+             RuntimeWarning)
         time.sleep(wait)
 
     async def fit_async(self, *args: Any, **options: Any) -> History:
@@ -258,8 +272,10 @@ class Keeping(Using):
     ) -> None:
         """Weights, optimizer, callbacks, step and epoch as they were then; a further fit begins there, and `fit(resume=path)` goes on to
         the bit. FileNotFoundError where there is none, ValueError for a damaged one or another model's."""
+        if self._thread: raise RuntimeError("this Trainer is training: stop() it first; restore() puts weights back in a callback too")
         state, _ = read_checkpoint(self._checkpoint(path), self.setup.compute.precision.device)
         put_model(self.model, state)
+        put_beside(self.model, self.setup.given["loss"], state)
         put_optimizer(self.optimizer, state["optimizer"])
         self.setup.base_lrs = list(state.get("base_lrs", [group["lr"] for group in self.optimizer.param_groups]))
         self.setup.compute.precision.load_state_dict(state.get("precision", {}))
@@ -276,14 +292,16 @@ class Keeping(Using):
 
     def _checkpoint(self, name: str | Path) -> Path:
         """The path of "best" or "last", when what is being saved is down."""
-        if name not in ("best", "last"): return Path(name)
+        if name not in ("best", "last"): return newest_in(Path(name))
         keeper, folder = self._keeper, (self.path or Path()) / "checkpoints"
         if keeper and keeper.saver: keeper.saver.wait()
         found = None
         if self.path: found = newest_good(folder) if name == "last" or not keeper else best_good(folder, keeper.sign, keeper.monitor)
         if found: return found
         where = f"in {folder}" if self.path else "yet: a fit makes it, and not with run=False"
-        raise FileNotFoundError(f"there is no {name!r} checkpoint {where}")
+        known = self.path and name == "best" and keeper and newest_good(folder)
+        why = f", since none of those there has a {keeper.monitor}" if known and keeper else ""
+        raise FileNotFoundError(f"there is no {name!r} checkpoint {where}{why}")
 
     def save(
         self,

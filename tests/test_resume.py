@@ -117,6 +117,7 @@ def test_resumed_is_as_if_nothing_had_been(name, tmp_path):
     assert_same(*both(tmp_path, stops, {"epochs": 4}, **settings))
 
 
+@pytest.mark.filterwarnings("ignore:.*kept after an error in a callback")  # StopAt is the last to hear of a step: nobody misses it
 @pytest.mark.parametrize("stops", [[(k, "stop")] for k in (1, 11, 12, 13, 24)] + [[(7, "error")], [(k, "stop") for k in range(1, 30, 4)]])
 def test_anywhere(stops, tmp_path):
     assert_same(*both(tmp_path, stops, {"epochs": 3}, schedule="one_cycle", callbacks=lambda: [EMA(.9)]))
@@ -164,7 +165,7 @@ def test_nothing_to_resume_begins_and_says_so(tmp_path, capsys):
         if folder.name == "empty": folder.mkdir()
         t = make(folder)
         t.fit(epochs=1, resume=True)
-        assert "no checkpoint to resume" in capsys.readouterr().out and t.step == 12
+        assert "no good checkpoint to resume" in capsys.readouterr().out and t.step == 12
 
 
 def test_a_trainer_resumes_its_own_run(tmp_path):
@@ -354,7 +355,8 @@ def test_a_folder_that_is_lost_while_training(loss, on_error, tmp_path):
 def test_a_disk_that_is_full_for_a_while(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode: pytest.skip("no mounting here")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk]
+    if subprocess.run(mount, capture_output=True).returncode: pytest.skip("no mounting here")
     try:
         def fill(t):
             if t.step == 20:  # somebody else fills it to the last byte
@@ -428,7 +430,9 @@ def test_retry_gives_up_with_the_error_itself(tmp_path, monkeypatch):
     with warnings.catch_warnings(record=True) as heard, pytest.raises(Boom):
         warnings.simplefilter("always")
         t.fit(epochs=1, retry=2)
-    assert ["attempt 1 of 2" in str(heard[0].message), "attempt 2 of 2" in str(heard[1].message), len(heard)] == [True, True, 2]
+    told = [str(w.message) for w in heard]
+    assert [f"attempt {k} of 2" in s for k, s in ((1, told[0]), (2, told[2]))] == [True, True] and "Boom: always" in told[0]
+    assert len(told) == 4 and all("in a callback, at on_step_end" in s and "not to the bit" in s for s in (told[1], told[3]))
     assert t.status.state == "failed" and t.step == 3  # a step was made before each error, and kept
 
 
@@ -455,10 +459,12 @@ def test_an_error_in_the_data_or_in_validation(tmp_path):
         t = make(run, callbacks=lambda event=event, fail=fail: [EMA(.9), On(**{event: fail})], schedule="one_cycle")
         with pytest.raises(Boom): t.fit(epochs=3)
         assert len(History.read(run).series("train", "loss")[0]) == step == saved(run)[1]["step"]
+        told = pytest.warns(RuntimeWarning, match=event) if saved(run)[1]["broken"] else contextlib.nullcontext()
         calm = lambda event=event: [EMA(.9), On(**{event: lambda t: None})]
         parts, whole = (make(folder, callbacks=calm, schedule="one_cycle") for folder in (run, run / "w"))
-        parts.fit(epochs=3, resume=True); whole.fit(epochs=3)
-        assert_same(outcome(whole), outcome(parts))
+        with told: parts.fit(epochs=3, resume=True)
+        whole.fit(epochs=3)
+        assert_same(outcome(whole), outcome(parts))  # `On` is the last to hear of these: the others have done their part
 
 
 @pytest.mark.parametrize("valid_every, step", [("1 epoch", 12), (5, 5), (5, 10)])
@@ -547,3 +553,147 @@ def test_config_remembers_resumes(tmp_path):
     (tmp_path / "r/config.json").write_text('{"half')
     make(tmp_path / "r").fit(epochs=1, resume=True)
     assert json.loads((tmp_path / "r/config.json").read_text())["resumed"][0]["from"] == "step-00000005"
+
+
+# --- What a person does by the way -----------------------------------------------------------------------------------
+
+class Remembers(nn.Module):
+    "A loss with a memory, and a module that a state_dict leaves out a part of."
+    def __init__(self): super().__init__(); self.register_buffer("mean", torch.zeros(()))
+    def forward(self, output, target):
+        loss = nn.functional.cross_entropy(output, target)
+        self.mean = .9 * self.mean + .1 * loss.detach()
+        return loss * (1 + self.mean)
+
+
+class Counts(nn.Module):
+    def __init__(self): super().__init__(); self.body = net(); self.register_buffer("seen", torch.zeros(()), persistent=False)
+    def forward(self, x):
+        if self.training: self.seen = self.seen + len(x) / 1000
+        return self.body(x) * (1 + self.seen)
+
+
+def thaw(t):
+    for p in t.model[0].parameters(): p.requires_grad_(t.epoch > 1)
+
+
+@pytest.mark.parametrize("more", [{"loss": Remembers}, {"model": lambda: Counts()}, {"callbacks": lambda: [On(on_epoch_start=thaw)]}],
+                         ids=["loss with a memory", "buffer that is not persistent", "layers thawed by epoch"])
+def test_what_lies_beside_the_weights_is_kept(more, tmp_path):
+    more = {k: v() if k == "loss" else v for k, v in more.items()}
+    whole = make(tmp_path / "whole", **more)
+    whole.fit(epochs=3)
+    if "loss" in more: more["loss"] = Remembers()
+    make(tmp_path / "r", stop=(17, "stop"), **more).fit(epochs=3)
+    if "loss" in more: more["loss"] = Remembers()
+    parts = make(tmp_path / "r", **more)
+    parts.fit(epochs=3, resume=True)
+    assert_same(outcome(whole), outcome(parts))
+
+
+def test_metrics_may_change(tmp_path):
+    make(tmp_path / "r", stop=(17, "stop")).fit(epochs=3)
+    t = make(tmp_path / "r", train_metrics=["accuracy"], metrics=["accuracy"])
+    t.fit(epochs=3, resume=True)
+    assert t.history.epochs().train_accuracy.notna().tolist() == [False, True, True]
+
+
+def test_larger_batches_by_force_keep_the_shape_of_the_schedule(tmp_path):
+    make(tmp_path / "r", stop=(18, "stop"), schedule="one_cycle").fit(epochs=3)  # half of 36
+    t = make(tmp_path / "r", schedule="one_cycle", batch_size=20)
+    with pytest.warns(UserWarning) as heard: t.fit(epochs=3, resume="force")
+    assert t.epoch == 3 and t.step == 18 + 9 and len(heard) == 2
+    rates = t.history.series("train", "lr")[1]
+    assert rates[18] == pytest.approx(rates[17], rel=.15) and rates[-1] < .05 * rates[18]
+
+
+def test_the_folder_of_a_run_stands_for_its_newest_checkpoint(tmp_path):
+    make(tmp_path / "a", stop=(17, "stop")).fit(epochs=3)
+    whole = make(tmp_path / "whole")
+    whole.fit(epochs=3)
+    for k, path in enumerate((tmp_path / "a", tmp_path / "a/checkpoints")):
+        t = make(tmp_path / f"b{k}")
+        t.fit(epochs=3, resume=path)
+        assert_same(outcome(whole), outcome(t))
+    other = make(False)
+    other.load_checkpoint(tmp_path / "a")
+    assert other.step == 17
+    for wrong in ("last", "froce", 1):
+        with pytest.raises(ValueError, match="none of True, 'force', or the path"): make(tmp_path / "a").fit(epochs=3, resume=wrong)
+
+
+def test_a_checkpoint_that_lies_outside_of_its_run(tmp_path):
+    t = make(tmp_path / "a")
+    t.fit(epochs=1)
+    path = t.save_checkpoint(tmp_path / "mine")
+    branch, whole = make(tmp_path / "b"), make(tmp_path / "whole")
+    with pytest.warns(UserWarning, match="outside of its run: the history begins at step 12"): branch.fit(epochs=2, resume=path)
+    whole.fit(epochs=2)
+    assert torch.equal(weights(branch.model), weights(whole.model)) and branch.history.epochs().epoch.tolist() == [2]
+
+
+def test_a_goal_that_lies_behind(tmp_path, capsys):
+    t = make(tmp_path / "r", stop=(30, "stop"))
+    t.fit(epochs=2); t.fit(epochs=2)
+    assert t.step == 30
+    again = make(tmp_path / "r")
+    again.fit(epochs=2, resume=True)
+    assert again.step == 30 and "nothing to do" in capsys.readouterr().out
+
+
+def test_mistakes_are_told_before_the_work(tmp_path):
+    for callback in (EarlyStopping("valid_acuracy"), Checkpoints(monitor="valid_acuracy")):
+        with pytest.raises(ValueError, match="did you mean 'valid_accuracy'"):
+            make(tmp_path / "r", metrics=["accuracy"], callbacks=[callback]).fit(epochs=1)
+    with pytest.raises(ValueError, match="whole"): Checkpoints(every=2.5)
+    with pytest.raises(ValueError, match="keep_last"): Checkpoints(keep_last=True)
+    with pytest.warns(UserWarning, match="checkpoint_every has no effect"): make(False, checkpoint_every=5)
+    def load(t): t.load_checkpoint("last")
+    with pytest.raises(RuntimeError, match="training.*stop"): make(tmp_path / "s", callbacks=[On(on_epoch_end=load)]).fit(epochs=1)
+
+
+def test_a_damaged_status_does_not_keep_anybody_from_a_run(tmp_path):
+    make(tmp_path / "r", stop=(5, "stop")).fit(epochs=1)
+    for damaged in ("", "[1", "null", "7"):
+        (tmp_path / "r/status.json").write_text(damaged)
+        assert Status.read(tmp_path / "r").state == "failed"
+    t = make(tmp_path / "r")
+    t.fit(epochs=1, resume=True)
+    assert t.step == 12
+
+
+def test_every_checkpoint_can_be_kept(tmp_path):
+    make(tmp_path / "r", callbacks=[Checkpoints(every=3, keep_last=None, keep_best=0)]).fit(epochs=2)
+    assert len(list((tmp_path / "r/checkpoints").iterdir())) == 8
+
+
+def test_a_state_that_is_not_finite_pushes_no_healthy_one_out(tmp_path):
+    def spoil(t):
+        if t.step > 14: t.model[0].weight.data.fill_(float("nan"))
+    t = make(tmp_path / "r", callbacks=lambda: [On(on_step_end=spoil)], valid=None)
+    with pytest.warns(RuntimeWarning, match="not finite"): t.fit(epochs=3)
+    assert all(v.isfinite().all() for v in saved(tmp_path / "r")[0]["model"].values()) and saved(tmp_path / "r")[1]["step"] == 12
+
+
+def test_stopping_for_a_disk_is_a_failure_also_at_the_very_end(tmp_path):
+    def lose(t):
+        if t.step == 3: shutil.rmtree(tmp_path / "r")
+    t = make(tmp_path / "r", callbacks=[Checkpoints(every=4, on_error="stop"), On(on_step_end=lose)])
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        t.fit(steps=6)
+    assert t.status.state == "failed" and "could not be written" in t.status.message
+    assert {w.filename for w in heard} == {__file__}  # warnings point at the person's own line
+
+
+def test_a_batch_that_does_not_fit_is_no_reason_to_refuse_the_model(tmp_path):
+    class Tight(Large):
+        def forward(self, x):
+            if len(x) > self.rows: raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+            return self.body(x)
+    t = make(tmp_path / "r", model=lambda: Tight(4))
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        t.fit(epochs=2, on_oom="accumulate")
+    assert t.step == 24 and sum("out of memory" in str(w.message) for w in heard) == 2  # training, and validation, whose batches are larger
+    with pytest.raises(torch.OutOfMemoryError): make(False, model=lambda: Tight(4)).fit(epochs=1)

@@ -305,13 +305,13 @@ def remove(
 
 def prune(
     folder: str | Path,  # the checkpoints of a run, whose newest has been verified
-    last: int,  # how many of the newest are kept, at least 1
+    last: int | None,  # how many of the newest are kept, at least 1; None: all
     best: int = 1,  # how many of the best are kept beside them
     monitor: str = "valid_loss",
     sign: int = -1,  # 1 where more is better, -1 where less is
 ) -> list[Path]:
     """Removes the others, and returns them; damaged ones stay. ValueError where none would be kept."""
-    if last < 1: raise ValueError(f"last={last}: at least the newest checkpoint is kept")
+    if last is not None and last < 1: raise ValueError(f"last={last}: at least the newest checkpoint is kept")
     found = scores(listed(folder), monitor, lambda path, error: None)  # a damaged one is named by whoever wants to load it
     newest = list(reversed(found))
     keep = {*newest[:last], *ranked(found, sign)[:best]}

@@ -73,7 +73,7 @@ class Events:
         callbacks: Iterable[Callback],  # listeners; sorted by their `order`
         trainer: Any = None,  # what every method is given
     ):
-        self.trainer = trainer
+        self.trainer, self.broken = trainer, ""  # the event at which a callback raised
         self.callbacks = sorted((check_callback(c) for c in callbacks), key=lambda c: c.order)
         self.handlers = {event: self._listeners(event)[::-1 if event in UNDOING else 1] for event in EVENTS}
 
@@ -90,6 +90,7 @@ class Events:
     def _call(self, handler: Callable[[Any], None], event: str) -> None:
         try: handler(self.trainer)
         except BaseException as error:
+            self.broken = self.broken or event
             owner = type(getattr(handler, "__self__", None)).__name__
             error.add_note(f"raised in the callback {owner}, at {event}")
             raise

@@ -37,6 +37,8 @@ class Every:
         self.seconds, self.last = 0.0, time.monotonic()
         if spec is None: return
         found = re.fullmatch(r"\s*(\d+)\s*(steps?|epochs?|)\s*", str(spec))
+        if not isinstance(spec, str) and not found:
+            raise ValueError(f"{spec!r} is no number of steps: they are whole; say '2.5 s' for a time")
         if found and int(found[1]) > 0:
             if found[2].startswith("epoch"): self.epochs = int(found[1])
             else: self.steps = int(found[1])

@@ -404,8 +404,9 @@ class Status:
     def read(cls, folder: str | Path) -> "Status":
         """The status in a run folder; a run whose process died without a word is shown as failed (lost)."""
         path = Path(folder) / "status.json"
-        try: found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        try: found = dict(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError: return cls(state="failed", message=f"{path} is missing")
+        except (ValueError, TypeError): return cls(state="failed", message=f"{path} is damaged")
         known = {k: v for k, v in found.items() if k in cls.__dataclass_fields__ and v is not None}
         status = cls(**known)
         if status.alive and not _lives(status.pid, status.beat): status.state, status.message = "failed", "lost: its process is gone"

@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .callbacks import direction, watched
+from .callbacks import check_monitor, direction, watched
 from .events import Callback
 from .goal import Every
+from .guard import finite
 from .packing import pack
 from .saver import Saver
 from .telling import warn
@@ -30,12 +31,15 @@ class Keeper(Callback):
     def save(self, trainer: Any) -> None:
         """Keeps the state as it is now, once a step; what fails is told at the next look. What the save before cost training is logged."""
         if self.saver is None or trainer.status.step == self.step: return
+        if trainer.status.state == "failed" and not finite(trainer.model.state_dict()): return  # it would push out a healthy one
+        self.saver.wait()
+        self.tell(trainer)  # of the save before
         self.step, self.at = trainer.status.step, time.monotonic()
         if self.saver.stalled: trainer.history.log(self.step, trainer.status.epoch, "epoch", "checkpoint_seconds", self.saver.stalled)
         try:
             state = trainer.state_dict()
             trainer.history.flush()  # the state says how long the history is, so that much of it has to be in the file
-            self.saver.save(state, trainer.metadata())
+            self.saver.save(state, trainer.metadata(), beside=[trainer.history.path])
         except Exception as error: self.saver.error = error  # training is worth more than a checkpoint
 
     def now(self, trainer: Any) -> None:
@@ -45,16 +49,17 @@ class Keeper(Callback):
         if self.saver: self.saver.wait()
         self.tell(trainer)
 
-    def tell(self, trainer: Any) -> None:
-        """Warns of a save that failed; with on_error="stop" the run ends, with the last good checkpoint as it was."""
+    def tell(self, trainer: Any) -> bool:
+        """Whether a save failed, with a warning; with on_error="stop" the run ends, with the last good checkpoint as it was."""
         error = self.saver.take_error() if self.saver else None
-        if error is None: return
+        if error is None: return False
         latest = self.saver.latest if self.saver else None
         there = f"the newest good one is {latest.name}" if latest else "there is none yet"
         message = f"a checkpoint could not be written ({type(error).__name__}: {error}); {there}"
         warn(message, RuntimeWarning)
         trainer.status.message = message
         if self.stops: trainer.controls.stop(message, "failed")
+        return True
 
     def on_tick(self, trainer: Any) -> None: self.tell(trainer)
 
@@ -62,7 +67,7 @@ class Keeper(Callback):
         """After an error, keeps what was trained since the last checkpoint, unless a half-made step has spoiled it."""
         if trainer.status.step > self.step and trainer.sound: self.save(trainer)
         if self.saver: self.saver.wait()
-        self.tell(trainer)
+        if self.tell(trainer) and self.stops: trainer.status.state = "failed"
 
 # %% ../../nbs/engine/13b_keeping.ipynb #a1dd3c48
 class Checkpoints(Keeper):
@@ -72,15 +77,15 @@ class Checkpoints(Keeper):
     def __init__(
         self,
         every: int | str | None = "1 epoch",  # steps, "1 epoch" (at most once a second), "5 epochs", "10 min"; None: only at the end
-        keep_last: int = 2,  # of the newest
+        keep_last: int | None = 2,  # of the newest; None: all
         keep_best: int = 1,  # of those with the best monitor; 0: none
         monitor: str = "valid_loss",  # a column of history.epochs()
         mode: str = "auto",  # "min", "max", or by the monitor's name
         compress: bool = False,
         on_error: str = "warn",  # or "stop": what a disk that refuses means for the run
     ):
-        for name, value, least in (("keep_last", keep_last, 1), ("keep_best", keep_best, 0)):
-            if not isinstance(value, int) or value < least: raise ValueError(f"{name}={value!r} has to be a whole number, at least {least}")
+        for name, value, least in (("keep_last", 1 if keep_last is None else keep_last, 1), ("keep_best", keep_best, 0)):
+            if type(value) is not int or value < least: raise ValueError(f"{name}={value!r} has to be a whole number, at least {least}")
         if on_error not in ("warn", "stop"): raise ValueError(f"on_error={on_error!r} is none of 'warn', 'stop'")
         self.every, self.spec, self.monitor, self.sign = Every(every), every, monitor, direction(monitor, mode)
         self.keep_last, self.keep_best, self.compress, self.stops = keep_last, keep_best, compress, on_error == "stop"
@@ -90,6 +95,7 @@ class Checkpoints(Keeper):
 
     def on_fit_start(self, trainer: Any) -> None:
         if trainer.path is None: raise ValueError("Checkpoints needs a folder to write to: give the Trainer run=")
+        if self.keep_best: check_monitor(trainer, self.monitor)
         folder = Path(trainer.path) / "checkpoints"
         if self.saver is None or self.saver.folder != folder:
             self.saver = Saver(folder, self.keep_last, self.keep_best, self.monitor, self.sign, self.compress)

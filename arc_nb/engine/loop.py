@@ -252,6 +252,7 @@ class Steps:
         self.parts, self.goal, self.lookout, self.valid_every = parts, goal, lookout, Every(goal.valid_every)
         self.handlers, self.at = parts.events.handlers, Within()
         self.random: dict[str, Any] | None = None  # the generators of a resumed run, until they are put back
+        self.broken = False  # whether an error came in the middle of a step
 
     @property
     def done(self) -> bool:
@@ -275,7 +276,8 @@ class Steps:
         parts, status, at = self.parts, self.parts.status, self.at
         if parts.schedule: parts.schedule.step(status.step - status.start)
         if self.handlers["on_step_start"]: parts.events.emit("on_step_start")
-        outcome = self.lookout.outcome = parts.step(batches)
+        try: outcome = self.lookout.outcome = parts.step(batches)
+        except BaseException: self.broken = True; raise
         status.step += 1
         at.batches += len(batches)
         self.lookout.recorder.add(status.step, outcome, parts.compute.extras)
@@ -355,8 +357,8 @@ class Epochs(Steps):
         log_epoch(parts, {"train_loss": mean, "seconds": took, "samples_per_second": status.samples_per_second}, at.measuring)
         if parts.schedule and (at.validated or not parts.schedule.needs_value):
             parts.schedule.on_epoch(parts.history.latest(parts.schedule.monitor))
-        parts.events.emit("on_epoch_end")
         at.inside, at.mark = False, None
+        parts.events.emit("on_epoch_end")
         if parts.controls.waiting: obey(lookout)
         if time.monotonic() >= lookout.next: lookout.look()
 
@@ -381,8 +383,16 @@ class Loop:
     @property
     def finished(self) -> bool:
         """Whether there is nothing left to do."""
-        epochs, at = self.goal.epochs, self.epochs.at
-        return not at.inside and (self.epochs.done or (epochs is not None and self.parts.status.epoch - self.first >= epochs))
+        epochs, inside = self.goal.epochs, self.epochs.at.inside
+        if epochs is not None and self.parts.status.epoch - inside - self.first >= epochs: return True
+        return not inside and self.epochs.done
+
+    @property
+    def broken(self) -> str:
+        """Where an error came that leaves the state whole, but not as between two steps; nothing where there was none."""
+        event = self.parts.events.broken
+        if event and event not in ("on_tick", "cleanup"): return f"in a callback, at {event}"
+        return "in the middle of a step" if self.epochs.broken else ""
 
     def progress(self) -> tuple | None:
         """Something that changes as long as the run moves; None while it is paused."""

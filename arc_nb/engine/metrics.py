@@ -204,6 +204,10 @@ class Metrics:
     @property
     def names(self) -> list[str]: return [member.name for member in self.members]
 
+    @property
+    def columns(self) -> list[str] | None: # what `compute` will give; None where an object or ROUGE names its values itself
+        return None if any(m.kind == "object" or m.what == "ROUGEScore" for m in self.members) else self.names
+
     def check(self, output: Any, target: Any) -> None:
         "Raise a ValueError or TypeError, naming the metric, if it makes no sense for such a batch"
         for member in self.members:

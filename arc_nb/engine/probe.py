@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .batches import Batch
 from .guard import finite
+from .memory import is_out_of_memory
 from .step import Computation, evaluating
 
 # %% ../../nbs/engine/14_probe.ipynb #0ac748c3
@@ -49,6 +50,7 @@ def call(
     with torch.random.fork_rng(devices), evaluating(model):
         try: return model(**batch.inputs) if isinstance(batch.inputs, dict) else model(*batch.inputs)
         except (RuntimeError, TypeError, IndexError) as error:
+            if is_out_of_memory(error): raise
             raise ValueError(f"the model cannot take its inputs, {shapes(batch.inputs)}: {error}") from error
 
 # %% ../../nbs/engine/14_probe.ipynb #171e83c7
