@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .engine.batches import LoaderBatches, TensorBatches
 from .engine.checkpoint import newest_good, read_checkpoint
 from .engine.events import Callback
-from .engine.loop import Parts
+from .engine.lookout import Parts
 from .engine.telling import warn
 from .engine.tensors import flatten
 from .runs import plain

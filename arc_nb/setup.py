@@ -22,7 +22,7 @@ from .engine.batches import Batch, LoaderBatches, TensorBatches, hold_out, make_
 from .engine.events import Callback
 from .engine.goal import Every, Goal, seconds
 from .engine.keeping import Checkpoints
-from .engine.loop import Parts, length_of
+from .engine.lookout import Parts, length_of
 from .engine.memory import cut, is_out_of_memory
 from .engine.objectives import objective, penalty
 from .engine.optimizers import optimizer as make_optimizer
@@ -111,12 +111,13 @@ def check_keepers(
     every: Any,  # checkpoint_every=
     run: Any,
 ) -> None:
-    """ValueError for checkpoints that are asked for twice, or that have no place."""
+    """ValueError for checkpoints that are asked for twice, or that have no place; a warning where there will be none."""
     own = [c for c in callbacks if isinstance(c, Checkpoints)]
     if len(own) > 1: raise ValueError(f"callbacks has {len(own)} Checkpoints, and a run keeps its states once: give one of them")
     if own and every != "1 epoch":
         raise ValueError(f"checkpoint_every={every!r} and {own[0]!r} ask for the same: say it in Checkpoints(every=...)")
     if own and run is False: raise ValueError(f"{own[0]!r} needs a folder to write to: give the Trainer run=")
+    if run is False and every not in ("1 epoch", None): warn("checkpoint_every has no effect: run=False keeps nothing")
 
 # %% ../nbs/40_setup.ipynb #fbb5fa1a
 def warn_unused(
@@ -128,8 +129,6 @@ def warn_unused(
     changed = (("batch_size", given["batch_size"] != 32), ("drop_last", given["drop_last"]), ("shuffle", not given["shuffle"]))
     idle = [name for name, set_ in changed if own and set_]
     if workers and (own or not isinstance(train, Dataset)): idle.append("workers")
-    if given["run"] is False and given["checkpoint_every"] not in ("1 epoch", None):
-        warn("checkpoint_every has no effect: run=False keeps nothing")
     if not idle or train is None: return
     verb = "has" if len(idle) == 1 else "have"
     warn(f"{', '.join(idle)} {verb} no effect: train is a {type(train).__name__}")

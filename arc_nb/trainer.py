@@ -26,7 +26,8 @@ from .engine.events import Callback, Events, check_callback
 from .engine.goal import Goal, seconds
 from .engine.health import Watchdog
 from .engine.history import History, Status
-from .engine.loop import Loop, Parts, go_on
+from .engine.lookout import Parts
+from .engine.loop import Loop, go_on
 from .engine.memory import check_on_oom
 from .engine.probe import summary
 from .engine.randomness import keyed_seed, random_state, seeded

@@ -6,7 +6,7 @@ Docs: https://arc-nb.github.io/arc_nb/engine/history.html.md"""
 
 # %% auto #0
 __all__ = ['ALIVE', 'Series', 'to_line', 'from_line', 'new_lines', 'good_lines', 'Columns', 'long_frame', 'epoch_frame', 'append',
-           'History', 'Pending', 'Recorder', 'Status']
+           'History', 'Status']
 
 # %% ../../nbs/engine/01_history.ipynb #7cd990b9
 import hashlib
@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .telling import warn
 
@@ -277,88 +275,6 @@ class History(Columns):
             warn(f"{self.path} is not as it was when the checkpoint was written: {len(lines)} of its {position['lines']} "
                  "lines are used. The weights are not concerned.", RuntimeWarning)
         if self.path.exists(): os.truncate(self.path, end)
-
-# %% ../../nbs/engine/01_history.ipynb #b608b173
-class Pending:
-    """Values of recent steps that may still be on the device."""
-    def __init__(self):
-        self.steps: list[int] = []
-        self.rows: list[int] = []
-        self.values: list[Any] = []  # k floats, or a tensor (k,), a step
-        self._flying: tuple | None = None
-
-    def add(self, step: int, rows: int, values: "Tensor | tuple[float, ...]") -> None:
-        """Leaves the values of one step, floats or a tensor of shape (k,); the step used `rows` rows of data."""
-        self.steps.append(step); self.rows.append(rows); self.values.append(values)
-
-    def take(self, wait: bool = False) -> list[tuple[list[int], list[int], np.ndarray]]:
-        """Blocks of (steps, rows, values of shape (steps, k) float64) that have arrived; all of them with `wait`."""
-        blocks: list[tuple[list[int], list[int], np.ndarray]] = []
-        while True:
-            if self._flying:
-                event, steps, rows, host = self._flying
-                if event is not None and not wait and not event.query(): return blocks
-                if event is not None: event.synchronize()
-                blocks.append((steps, rows, host.double().numpy())); self._flying = None
-            if not self.values: return blocks
-            self._flying = self._send()
-            if self._flying[0] is not None and not wait: return blocks
-
-    def _send(self) -> tuple:
-        steps, rows = self.steps, self.rows
-        stacked = torch.stack(self.values) if isinstance(self.values[0], Tensor) else torch.tensor(self.values, dtype=torch.float64)
-        self.values, self.steps, self.rows = [], [], []
-        if stacked.device.type != "cuda": return None, steps, rows, stacked.cpu()
-        host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True).copy_(stacked, non_blocking=True)
-        event = torch.cuda.Event(); event.record()
-        return event, steps, rows, host
-
-# %% ../../nbs/engine/01_history.ipynb #ee6570c9
-class Recorder:
-    """Turns what steps leave behind into rows of the history."""
-    def __init__(
-        self,
-        history: History,
-        log_every: int = 1,  # steps between two rows of the history
-        overflow: bool = False,  # whether a gradient may overflow, as under a loss scale
-    ):
-        self.history, self.log_every, self.overflow, self.pending = history, log_every, overflow, Pending()
-        self.bad_step: int | None = None  # the first whose loss or gradient was not finite
-        self.lrs: list[tuple[int, float]] = []
-        self.extras: dict[str, list[tuple[int, Any]]] = {}
-        self.total = self.rows = 0.0  # loss times rows, and rows, of this epoch
-
-    def add(self, step: int, outcome: Any, extras: dict[str, Any]) -> None:
-        """Leaves one step's values, without waiting for the device."""
-        values = (outcome.loss, outcome.norm)
-        self.pending.add(step, outcome.rows, values if isinstance(outcome.loss, float) else torch.stack(values))
-        for name, value in extras.items(): self.extras.setdefault(name, []).append((step, value))
-
-    def settle(self, epoch: int, wait: bool = False) -> int:
-        """Moves what has arrived into the history; returns the rows of data it stands for."""
-        seen = 0
-        for steps, rows, values in self.pending.take(wait):
-            self.total += float(values[:, 0] @ rows); self.rows += sum(rows); seen += sum(rows)
-            bad = ~np.isfinite(values[:, 0] if self.overflow else values.sum(1))
-            if self.bad_step is None and bad.any(): self.bad_step = steps[int(bad.argmax())]
-            kept = [k for k, s in enumerate(steps) if s % self.log_every == 0]
-            columns = {"loss": values[kept, 0].tolist(), "grad_norm": values[kept, 1].tolist()}
-            self.history.extend(epoch, "train", [steps[k] for k in kept], columns)
-        self._extend(epoch, "lr", self.lrs)
-        for name, pairs in self.extras.items(): self._extend(epoch, name, [(s, float(v)) for s, v in pairs if s % self.log_every == 0])
-        self.lrs, self.extras = [], {}
-        return seen
-
-    def _extend(self, epoch: int, name: str, pairs: list[tuple[int, float]]) -> None:
-        self.history.extend(epoch, "train", [s for s, _ in pairs], {name: [v for _, v in pairs]})
-
-    def begin_epoch(self) -> None:
-        """Forgets the rows of the epoch before."""
-        self.total = self.rows = 0.0
-
-    def epoch_mean(self) -> float | None:
-        """The mean training loss over the epoch's rows so far."""
-        return self.total / self.rows if self.rows else None
 
 # %% ../../nbs/engine/01_history.ipynb #a74c9879
 ALIVE = ("starting", "training", "validating", "paused")
