@@ -11,7 +11,7 @@ __all__ = ['check_whole', 'check_numbers', 'make_goal', 'check_fit', 'check_choi
 # %% ../nbs/40_setup.ipynb #68944f7c
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ def check_numbers(
     for name, least in (("batch_size", 1), ("accumulate", 1), ("workers", 0)): check_whole(name, given[name], least)
     for name in ("clip_norm", "clip_value", "lr"):
         limit = given[name]
-        if (limit is not None or name == "lr") and not (isinstance(limit, (int, float)) and 0 < limit < float("inf")):
+        if (limit is not None or name == "lr") and not (isinstance(limit, Real) and 0 < float(limit) < float("inf")):
             raise ValueError(f"{name}={limit!r} has to be a positive number")
     seed = given["seed"]
     if not isinstance(seed, Integral) or isinstance(seed, bool) or not -2**63 <= int(seed) < 2**64:

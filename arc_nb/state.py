@@ -39,6 +39,7 @@ class State(Source):
     _thread: threading.Thread | None = None  # that trains
     _random: dict[str, Any] | None = None  # the fit's generators, when it has ended
     _made: dict[str, Any] | None = None  # the fingerprint of the fit
+    _settings: dict[str, Any]  # as they were said
 
     @property
     def model(self) -> nn.Module: return self.setup.given["model"]
@@ -113,7 +114,7 @@ class Stating(State):
 
     def fingerprint(self) -> dict[str, Any]:
         """What the run is made of, in plain types: settings, data, callbacks."""
-        return self._made or fingerprint(self.setup, None, self.own_callbacks)
+        return self._made or fingerprint(self.setup, self._settings, None, self.own_callbacks)
 
 # %% ../nbs/40d_state.ipynb #ecbf63a4
 class Listening(Stating):
@@ -151,7 +152,7 @@ class Foldered(Listening):
         """Makes the run's folder at the first fit, or opens that of the run that goes on."""
         if not self.folder: return None
         home = home_of(found.path) if found else None
-        mine = home is not None and home == self.folder.resolve()
+        mine = home is not None and home == (self.path or self.folder.resolve())
         if found and not mine and self.path:
             raise ValueError(f"this Trainer has a run of its own in {self.path}: make a new one to go on from {found.path}")
         path = self._reopen(found) if found and mine else self.path or self._begin()
@@ -169,7 +170,7 @@ class Foldered(Listening):
 
     def _reopen(self, found: Found) -> Path:
         assert self.folder
-        path = self.folder.resolve()
+        path = self.path or self.folder.resolve()
         check_free(path)
         sweep(path / "checkpoints")
         about = read_config(path)

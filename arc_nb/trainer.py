@@ -12,6 +12,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -46,6 +47,7 @@ from arc_nb.resume import (
     put_schedule,
     refit,
     same_settings,
+    settings_of,
 )
 from .setup import Setup, check_choices, check_fit, check_keepers, check_numbers, make_goal, warn_unused
 from .state import Foldered
@@ -68,7 +70,7 @@ class Preparing(Foldered):
         if self._thread: raise RuntimeError("this Trainer is training already: stop() it, or make another Trainer")
         if not torch.is_grad_enabled(): raise RuntimeError("gradients are switched off here: call fit outside of torch.no_grad()")
         if self.setup.train is None: raise ValueError("there are no training data: give the Trainer train=")
-        self._made = fingerprint(self.setup, goal.limit_batches, self.own_callbacks)
+        self._made = fingerprint(self.setup, self._settings, goal.limit_batches, self.own_callbacks) if self.folder else None
         found = self._found(resume)
         if found: goal, mine = self._go_back(found, goal, in_all, resume == "force")
         parts = self.setup.parts(goal, history=self.history, status=self.status, controls=self.controls)
@@ -90,8 +92,10 @@ class Preparing(Foldered):
         """The checkpoint to go on from; None for a run that begins, which is said where somebody wanted to resume."""
         if not resume: return None
         assert self.folder
-        found = find(self.folder, resume)
+        found = find(self.path or self.folder, resume)
         if found: check_resume(found, self.fingerprint(), self.model, resume == "force")
+        elif self.step:
+            raise ValueError(f"{self.path} has no good checkpoint any more; fit without resume= goes on from the weights in memory")
         else: print(f"{self.folder} has no good checkpoint to resume: the run begins")
         return found
 
@@ -182,7 +186,8 @@ class Training(Preparing):
     def _hangs(self, where: str) -> None:
         """Tells a person, from the watchdog's thread."""
         self.status.message = where
-        warn(f"step {self.step} of {self.name}: {where}", RuntimeWarning)
+        with suppress(RuntimeWarning):  # somebody may have made warnings errors, which a thread cannot raise
+            warn(f"step {self.step} of {self.name}: {where}", RuntimeWarning)
 
     def _can_retry(self) -> bool: return bool(self.path and newest_good(self.path / "checkpoints"))
 
@@ -380,7 +385,7 @@ class Trainer(Keeping):
         given["seed"] = int(seed)  # numpy's whole numbers are no seed for Python's generator
         self.callbacks = [check_callback(c) for some in (callbacks, track) for c in (some if isinstance(some, Iterable) else [some])]
         check_keepers(self.callbacks, checkpoint_every, run)
-        self.setup = Setup(given)
+        self.setup, self._settings = Setup(given), settings_of(given)
         self.name = Path(run).name if isinstance(run, (str, Path)) else type(model).__name__.lower()
         self.folder = None if run is False else Path(run) if isinstance(run, (str, Path)) else Path("runs") / self.name
         self.history, self.status, self.controls = History(), Status(lr=lr), Controls()

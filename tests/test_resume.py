@@ -11,6 +11,7 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small import On, classes, net, saved, weights
@@ -697,3 +698,84 @@ def test_a_batch_that_does_not_fit_is_no_reason_to_refuse_the_model(tmp_path):
         t.fit(epochs=2, on_oom="accumulate")
     assert t.step == 24 and sum("out of memory" in str(w.message) for w in heard) == 2  # training, and validation, whose batches are larger
     with pytest.raises(torch.OutOfMemoryError): make(False, model=lambda: Tight(4)).fit(epochs=1)
+
+
+def test_a_resume_finds_its_run_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    t = make("rel", stop=(17, "stop"))
+    t.fit(epochs=3)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    t.fit(epochs=3, resume=True)
+    assert t.step == 36 and not list((tmp_path / "elsewhere").iterdir())
+    shutil.rmtree(tmp_path / "rel/checkpoints")
+    with pytest.raises(ValueError, match="no good checkpoint any more"): t.fit(epochs=4, resume=True)
+
+
+class Scaled(Dataset):
+    def __init__(self, factor, seed=0): self.factor, self.draw = factor, torch.Generator().manual_seed(seed) if seed else None
+    def __len__(self): return 120
+    def __getitem__(self, k): return self.factor * X[k] + (torch.randn(4, generator=self.draw) if self.draw else 0), Y[k]
+
+
+QUIET = {"activation": ({"model": lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))},
+                        {"model": lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))}, "Tanh.*ReLU"),
+         "decay of an average": ({"callbacks": lambda: [EMA(.9)]}, {"callbacks": lambda: [EMA(.5)]}, r"EMA\(0.9\).*EMA\(0.5\)"),
+         "built optimizer": ({"optimizer": ("sgd", {"momentum": .9})}, {"optimizer": ("sgd", {"momentum": .5})}, "momentum"),
+         "values of a data set": ({"data": lambda: Scaled(1)}, {"data": lambda: Scaled(2)}, "train has other values")}
+
+
+@pytest.mark.parametrize("name", QUIET)
+def test_changes_that_no_shape_shows_are_named(name, tmp_path):
+    before, after, told = QUIET[name]
+    make(tmp_path / "r", stop=(17, "stop"), **before).fit(epochs=2)
+    with pytest.raises(ValueError, match=f"(?s){told}"): make(tmp_path / "r", **after).fit(epochs=2, resume=True)
+    make(tmp_path / "r", **before).fit(epochs=2, resume=True)
+
+
+def test_optimizers_that_were_built_are_compared_by_their_settings(tmp_path):
+    def run(momentum, **more):
+        model = net(dropout=.2)
+        return make(tmp_path / "r", model=model, optimizer=torch.optim.SGD(model.parameters(), lr=.1, momentum=momentum), lr=.1, **more)
+    run(.9, stop=(17, "stop")).fit(epochs=2)
+    with pytest.raises(ValueError, match="momentum"): run(.5).fit(epochs=2, resume=True)
+    run(.9).fit(epochs=2, resume=True)
+
+
+def test_data_that_nobody_seeded_are_not_taken_for_changed(tmp_path):
+    make(tmp_path / "r", data=lambda: Scaled(1, seed=3), stop=(17, "stop")).fit(epochs=2)
+    make(tmp_path / "r", data=lambda: Scaled(1, seed=4)).fit(epochs=2, resume=True)
+
+
+def test_precision_and_numbers_are_compared_by_what_they_mean(tmp_path):
+    make(tmp_path / "r", stop=(17, "stop")).fit(epochs=2)
+    t = make(tmp_path / "r", precision="fp32")
+    t.fit(epochs=2, resume=True)
+    assert t.step == 24 and make(False, lr=np.float32(.02)).lr == pytest.approx(.02)
+
+
+def test_a_linked_folder_stays_a_link(tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "r").symlink_to(tmp_path / "big/run")
+    for _ in range(2): make(tmp_path / "r").fit(epochs=1)
+    assert (tmp_path / "r").is_symlink() and {p.name for p in (tmp_path / "big").iterdir()} == {"run", "run-1"}
+
+
+def test_the_watchdog_outlives_warnings_that_are_errors(tmp_path):
+    def hang(t):
+        if t.step in (3, 6): time.sleep(1.2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        t = make(tmp_path / "r", callbacks=[On(on_step_end=hang)])
+        t.fit(epochs=1, stalled_after=.4)
+    assert t.status.state == "completed" and "hang" in t.status.message
+
+
+def test_two_good_checkpoints_are_kept_beside_a_damaged_one(tmp_path):
+    many = lambda: [Checkpoints(every=5, keep_best=0)]
+    make(tmp_path / "r", callbacks=many, stop=(17, "stop")).fit(epochs=3)
+    file = tmp_path / "r/checkpoints/step-00000017/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    again = make(tmp_path / "r", callbacks=many, stop=(21, "stop"))
+    with pytest.warns(RuntimeWarning, match="step-00000017"): again.fit(epochs=3, resume=True)
+    assert {p.name for p in file.parents[1].iterdir()} == {"step-00000017", "step-00000020", "step-00000021"}

@@ -48,11 +48,10 @@ def check_monitor(
     trainer: Any,  # that may know what it will measure: `monitors`
     monitor: str,
 ) -> None:
-    """ValueError, before the work, for a validation value that there will not be; nothing where that cannot be known yet."""
-    known = getattr(trainer, "monitors", None)
-    if not known or not monitor.startswith("valid") or monitor in known: return
-    near = difflib.get_close_matches(monitor, known, 1)
-    raise ValueError(f"monitor={monitor!r}: validation gives {', '.join(known)}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    """ValueError, before the work, for a slip of the finger; other names may be logged by somebody later."""
+    known = getattr(trainer, "monitors", None) or []
+    near = [] if monitor in known else difflib.get_close_matches(monitor, known, 1, cutoff=0.9)
+    if near: raise ValueError(f"monitor={monitor!r}: validation gives {', '.join(known)}; did you mean {near[0]!r}?")
 
 # %% ../../nbs/engine/13_callbacks.ipynb #4fc0d48f
 class EarlyStopping(Callback):

@@ -8,7 +8,7 @@ Docs: https://arc-nb.github.io/arc_nb/engine/checkpoint.html.md"""
 __all__ = ['MANIFEST', 'USED', 'canonical', 'sealed', 'read_manifest', 'check', 'verify', 'versions', 'part', 'tensor_part',
            'model_first', 'aliases', 'write_parts', 'write_checkpoint', 'number_of', 'listed', 'sweep', 'tensors_in',
            'read_checkpoint', 'leave_out', 'is_good', 'metadata_of', 'newest_good', 'scores', 'ranked', 'best_good',
-           'remove', 'prune', 'is_used', 'prepare_folder', 'snapshot', 'restore']
+           'proves', 'remove', 'prune', 'is_used', 'prepare_folder', 'snapshot', 'restore']
 
 # %% ../../nbs/engine/09_checkpoint.ipynb #54a94f82
 import gzip
@@ -292,16 +292,21 @@ def best_good(
     return next(filter(is_good, ranked(scores(listed(folder), monitor, leave_out), sign)), None)
 
 # %% ../../nbs/engine/09_checkpoint.ipynb #db4afba9
+def proves(
+    path: Path,  # of a checkpoint
+) -> bool:
+    """Whether it is whole; nothing is said."""
+    try: verify(path)
+    except (ValueError, OSError): return False
+    return True
+
 def remove(
     path: Path,  # of a checkpoint that is not needed
-) -> bool:
-    """Removes a checkpoint that is whole, at once for whoever lists the folder; whether it was whole."""
-    try: verify(path)
-    except ValueError: return False
+) -> None:
+    """Removes a checkpoint, at once for whoever lists the folder."""
     aside = path.with_name(f".tmp-removed-{path.name}")
     path.rename(aside)
     shutil.rmtree(aside)
-    return True
 
 def prune(
     folder: str | Path,  # the checkpoints of a run, whose newest has been verified
@@ -309,13 +314,18 @@ def prune(
     best: int = 1,  # how many of the best are kept beside them
     monitor: str = "valid_loss",
     sign: int = -1,  # 1 where more is better, -1 where less is
+    proven: set[Path] | None = None,  # those that have been verified before; the others are now, and join them
 ) -> list[Path]:
-    """Removes the others, and returns them; damaged ones stay. ValueError where none would be kept."""
+    """Removes the others, and returns them; damaged ones do not count, and stay. ValueError where none would be kept."""
     if last is not None and last < 1: raise ValueError(f"last={last}: at least the newest checkpoint is kept")
-    found = scores(listed(folder), monitor, lambda path, error: None)  # a damaged one is named by whoever wants to load it
+    proven, paths = set() if proven is None else proven, listed(folder)
+    proven.update(path for path in paths if path not in proven and proves(path))
+    found = scores([p for p in paths if p in proven], monitor, lambda path, error: None)  # whoever wants to load a damaged one hears of it
     newest = list(reversed(found))
     keep = {*newest[:last], *ranked(found, sign)[:best]}
-    return [path for path in newest if path not in keep and remove(path)]
+    gone = [path for path in newest if path not in keep]
+    for path in gone: remove(path); proven.discard(path)
+    return gone
 
 # %% ../../nbs/engine/09_checkpoint.ipynb #d36a22b2
 USED = ("history.jsonl", "config.json", "status.json")
@@ -331,6 +341,7 @@ def prepare_folder(
 ) -> Path | None:
     """Makes the folder; moves a used one aside and returns where. OSError says what cannot be written."""
     folder, moved = Path(folder), None
+    if folder.is_symlink(): folder = folder.resolve()  # the link stays, and leads to the new run
     try:
         if is_used(folder):
             moved = next(p for n in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}-{n}")).exists())

@@ -80,7 +80,7 @@ def whole_step(step: "CompiledStep", inputs: Any, target: Any, weight: Tensor | 
 
 class Graph:
     """The step's function, compiled for batches of one size; others take it uncompiled."""
-    def __init__(self, step: "CompiledStep"):
+    def __init__(self, step: Any):  # a CompiledStep
         # torch keeps what it compiled by code object, and at most eight each: a copy of the code gives every step its own.
         own = FunctionType(whole_step.__code__.replace(co_name="compiled_step"), globals())
         self.step, self.compiled, self.seconds = step, False, 0.0

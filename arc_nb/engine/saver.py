@@ -113,6 +113,7 @@ class Saver(Background):
             raise ValueError(f"last={last}, best={best}: last is at least 1 (the newest is always kept), best at least 0")
         self.folder, self.compress = Path(folder), compress
         self.keep: dict[str, Any] = {"last": last, "best": best, "monitor": monitor, "sign": sign}
+        self.proven: set[Path] = set()  # those that were read back, and whole
         self.latest: Path | None = None  # the last checkpoint that is written and verified
         self.stalled, self.seconds = 0.0, 0.0  # what the last save cost its caller, and how long it took in all
         self.host = HostCopy()
@@ -146,6 +147,7 @@ class Saver(Background):
             for file in beside: settle(file)
             path = write_checkpoint(self.folder, state, metadata, self.compress)
             verify(path)
+            self.proven.add(path)
             self.latest = path
-            prune(self.folder, **self.keep)
+            prune(self.folder, **self.keep, proven=self.proven)
         finally: self.seconds = time.perf_counter() - began

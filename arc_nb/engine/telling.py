@@ -10,15 +10,17 @@ __all__ = ['INSIDE', 'outside', 'warn']
 # %% ../../nbs/engine/00b_telling.ipynb #9de58656
 import sys
 import warnings
+from types import FrameType
 
 # %% ../../nbs/engine/00b_telling.ipynb #1294004a
-INSIDE = ("arc_nb", "torch", "contextlib", "threading")
+INSIDE = ("arc_nb", "torch", "contextlib", "threading", "concurrent", "asyncio")
 
 def outside() -> int:
     """How many frames above the caller of the caller the first line lies that is not this package's; 1 where there is none."""
-    frame, level = sys._getframe(2), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in INSIDE: frame, level = frame.f_back, level + 1
-    return level if frame.f_back else 1
+    frame: FrameType | None = sys._getframe(2)
+    level = 1
+    while frame and frame.f_globals.get("__name__", "").split(".")[0] in INSIDE: frame, level = frame.f_back, level + 1
+    return level if frame else 1
 
 def warn(
     message: str,
