@@ -6,9 +6,9 @@ Docs: https://arc-nb.github.io/arc_nb/resume.html.md"""
 
 # %% auto #0
 __all__ = ['COMPARED', 'ROUNDED', 'WAYS', 'CHOSEN', 'said', 'without_addresses', 'digest', 'described', 'is_same', 'settings_of',
-           'fingerprint', 'differences', 'data_differ', 'model_differs', 'Found', 'find', 'newest_in', 'home_of',
-           'check_resume', 'modules_in', 'beside_weights', 'put_model', 'put_beside', 'put_optimizer', 'put_schedule',
-           'same_settings', 'refit', 'put_callbacks', 'on_device']
+           'data_of', 'fingerprint', 'differences', 'data_differ', 'model_differs', 'Found', 'find', 'newest_in',
+           'home_of', 'check_resume', 'modules_in', 'beside_weights', 'put_model', 'put_beside', 'put_optimizer',
+           'put_schedule', 'same_settings', 'refit', 'put_callbacks', 'on_device']
 
 # %% ../nbs/40c_resume.ipynb #dcdfb35f
 import hashlib
@@ -92,9 +92,16 @@ def settings_of(
     """Those that a resume compares, in plain types, before training changes an optimizer or a scheduler among them."""
     return {name: said(given[name]) for name in (*COMPARED, *ROUNDED)}
 
+def data_of(
+    setup: Any,  # of a Trainer
+) -> dict[str, Any]:
+    """Training and validation data, described."""
+    return {"train": described(setup.train, setup.example), "valid": described(setup.valid)}
+
 def fingerprint(
     setup: Any,  # of a Trainer
     settings: Mapping[str, Any],  # as `settings_of` gave them when the Trainer was made
+    data: Mapping[str, Any],  # as `data_of` described them
     limit_batches: int | None,  # of the fit
     callbacks: Iterable[Callback],
 ) -> dict[str, Any]:
@@ -103,8 +110,7 @@ def fingerprint(
     remembers = lambda c: type(c).state_dict is not Callback.state_dict
     given |= {"limit_batches": limit_batches, "device": setup.compute.precision.device.type, "precision": setup.compute.precision.name}
     return {"settings": given,
-            "train": described(setup.train, setup.example), "valid": described(setup.valid),
-            "model": without_addresses(repr(setup.given["model"])).splitlines(),
+            **data, "model": without_addresses(repr(setup.given["model"])).splitlines(),
             "callbacks": [without_addresses(repr(c)) for c in callbacks if remembers(c)],
             "other callbacks": [type(c).__name__ for c in callbacks if not remembers(c)]}
 

@@ -24,7 +24,7 @@ from .engine.keeping import Checkpoints
 from .engine.loop import Loop, place_of
 from .engine.randomness import random_state
 from .engine.telling import warn
-from .resume import Found, beside_weights, fingerprint, home_of
+from .resume import Found, beside_weights, data_of, fingerprint, home_of
 from .runs import Source, check_free, describe, open_folder, read_config, write_config
 from .setup import Setup
 
@@ -40,6 +40,7 @@ class State(Source):
     _random: dict[str, Any] | None = None  # the fit's generators, when it has ended
     _made: dict[str, Any] | None = None  # the fingerprint of the fit
     _settings: dict[str, Any]  # as they were said
+    _data: dict[str, Any] | None = None  # what was said of them
 
     @property
     def model(self) -> nn.Module: return self.setup.given["model"]
@@ -114,7 +115,11 @@ class Stating(State):
 
     def fingerprint(self) -> dict[str, Any]:
         """What the run is made of, in plain types: settings, data, callbacks."""
-        return self._made or fingerprint(self.setup, self._settings, None, self.own_callbacks)
+        return self._made or self._fingerprint(None)
+
+    def _fingerprint(self, limit_batches: int | None) -> dict[str, Any]:
+        self._data = self._data or data_of(self.setup)  # once: it may read a batch
+        return fingerprint(self.setup, self._settings, self._data, limit_batches, self.own_callbacks)
 
 # %% ../nbs/40d_state.ipynb #ecbf63a4
 class Listening(Stating):

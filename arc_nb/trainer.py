@@ -38,7 +38,6 @@ from arc_nb.resume import (
     Found,
     check_resume,
     find,
-    fingerprint,
     newest_in,
     put_beside,
     put_callbacks,
@@ -70,7 +69,7 @@ class Preparing(Foldered):
         if self._thread: raise RuntimeError("this Trainer is training already: stop() it, or make another Trainer")
         if not torch.is_grad_enabled(): raise RuntimeError("gradients are switched off here: call fit outside of torch.no_grad()")
         if self.setup.train is None: raise ValueError("there are no training data: give the Trainer train=")
-        self._made = fingerprint(self.setup, self._settings, goal.limit_batches, self.own_callbacks) if self.folder else None
+        self._made = self._fingerprint(goal.limit_batches) if self.folder else None
         found = self._found(resume)
         if found: goal, mine = self._go_back(found, goal, in_all, resume == "force")
         parts = self.setup.parts(goal, history=self.history, status=self.status, controls=self.controls)
@@ -156,11 +155,13 @@ class Training(Preparing):
         check_on_oom(self.setup.step, on_oom)
         self.setup.step.on_oom = on_oom
         patience, in_all = None if stalled_after is None else seconds(stalled_after), bool(resume)
+        loop: Loop | None = None
         for attempt in range(retry + 1):
-            loop = self._prepare(goal, resume, in_all)
-            try: history = self._run(loop, detect_anomaly, patience, keep_first=retry > 0)
+            try:
+                loop = self._prepare(goal, resume, in_all)
+                history = self._run(loop, detect_anomaly, patience, keep_first=retry > 0)
             except Exception as error:
-                if attempt == retry or not self._can_retry(): raise
+                if loop is None or attempt == retry or not self._can_retry(): raise
                 reason = f"failed at step {self.step}: {type(error).__name__}: {error}"
             else:
                 if attempt == retry or self.status.state != "failed" or not self._can_retry(): return history

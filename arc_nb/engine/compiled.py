@@ -64,7 +64,7 @@ def check_step(
     if hooked: raise ValueError(say + f"would pass over the gradient hooks of {hooked[0]}")
 
 # %% ../../nbs/engine/15_compiled.ipynb #38c0588b
-def whole_step(step: "CompiledStep", inputs: Any, target: Any, weight: Tensor | None) -> Tensor:
+def whole_step(step: Any, inputs: Any, target: Any, weight: Tensor | None) -> Tensor:
     """The step as one function of its batch; (2,): loss and gradient norm."""
     compute = step.compute
     with compute.precision.cast():
@@ -162,7 +162,7 @@ class CompiledStep(Step):
 
 # %% ../../nbs/engine/15_compiled.ipynb #10142c61
 def take_over(
-    step: "CompiledStep",
+    step: Any,  # a CompiledStep
 ) -> int:
     """Makes the optimizer's state, or goes on from the one it has; the number of steps done."""
     names, count = ("exp_avg", "exp_avg_sq") if step.adam else ("momentum_buffer",), 0
@@ -176,7 +176,7 @@ def take_over(
     return count
 
 def write_back(
-    step: "CompiledStep",
+    step: Any,  # a CompiledStep
 ) -> None:
     """Brings the step numbers in the optimizer's state up to date, for a checkpoint."""
     if not step.adam: return
@@ -184,7 +184,7 @@ def write_back(
 
 @torch.no_grad()
 def follow(
-    step: "CompiledStep",
+    step: Any,  # a CompiledStep
 ) -> int:
     """Takes over what the optimizer has loaded since; the number of steps done."""
     groups = [group for group in step.optimizer.param_groups for _ in group["params"]]
@@ -202,7 +202,7 @@ def follow(
 
 # %% ../../nbs/engine/15_compiled.ipynb #dc739323
 def changes(
-    step: "CompiledStep",
+    step: Any,  # a CompiledStep
     found: Sequence[Tensor | None],  # gradients, None where a parameter was not used
     norm: Tensor,  # of all of them
 ) -> list[Change]:
