@@ -37,6 +37,7 @@ class State(Source):
     path: Path | None = None  # of the run's folder, once it is made
     horizon: int | None = None  # steps that the schedule was planned for
     _thread: threading.Thread | None = None  # that trains
+    _lr: float | None = None  # set by hand since the last fit
     _random: dict[str, Any] | None = None  # the fit's generators, when it has ended
     _made: dict[str, Any] | None = None  # the fingerprint of the fit
     _settings: dict[str, Any]  # as they were said
@@ -76,7 +77,7 @@ class State(Source):
         """Sets it; under a schedule the rest of its curve is scaled by new/old. From another thread it is a request."""
         if self._thread is threading.current_thread() and self.loop: self.loop.parts.set_lr(lr)
         elif self._thread: self.controls.set_lr(lr)
-        else: self.setup.set_lr(positive(lr))
+        else: self._lr = positive(lr); self.setup.set_lr(self._lr)
 
 # %% ../nbs/40d_state.ipynb #30803e61
 class Stating(State):
@@ -162,7 +163,7 @@ class Foldered(Listening):
             raise ValueError(f"this Trainer has a run of its own in {self.path}: make a new one to go on from {found.path}")
         path = self._reopen(found) if found and mine else self.path or self._begin()
         self.history.path = path / "history.jsonl"
-        if home and not mine: shutil.copy(home / "history.jsonl", self.history.path)
+        if home and not mine and (home / "history.jsonl").exists(): shutil.copy(home / "history.jsonl", self.history.path)
         if home and found: self.history.rewind(found.place["history"])
         elif found: warn(f"{found.path} lies outside of its run: the history begins at step {self.step}")
         self.status.write(path)  # alive from the first moment, for whoever looks from elsewhere

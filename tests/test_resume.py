@@ -779,3 +779,46 @@ def test_two_good_checkpoints_are_kept_beside_a_damaged_one(tmp_path):
     again = make(tmp_path / "r", callbacks=many, stop=(21, "stop"))
     with pytest.warns(RuntimeWarning, match="step-00000017"): again.fit(epochs=3, resume=True)
     assert {p.name for p in file.parents[1].iterdir()} == {"step-00000017", "step-00000020", "step-00000021"}
+
+
+@pytest.mark.parametrize("kind", ["ReduceLROnPlateau", "StepLR", "CosineAnnealingLR"])
+def test_schedulers_that_were_built_are_compared_by_what_they_were_made_with(kind, tmp_path):
+    def run(folder, number, **more):
+        model = net(dropout=.2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=.1)
+        options = {"ReduceLROnPlateau": {"patience": number}, "StepLR": {"step_size": number}, "CosineAnnealingLR": {"T_max": number + 1}}[kind]
+        scheduler = getattr(torch.optim.lr_scheduler, kind)(optimizer, **options)
+        return make(folder, model=model, optimizer=optimizer, schedule=scheduler, lr=.1, **more)
+    t, whole = run(tmp_path / "r", 1, stop=(17, "stop")), run(tmp_path / "whole", 1)
+    t.fit(epochs=3); whole.fit(epochs=3)
+    with pytest.raises(ValueError, match="schedule was"): run(tmp_path / "r", 2).fit(epochs=3, resume=True)
+    t.fit(epochs=3, resume=True)  # the same objects, which have moved
+    assert_same(outcome(whole), outcome(t))
+
+
+def test_a_rate_that_is_set_before_a_resume_holds(tmp_path):
+    for schedule in (None, "one_cycle"):
+        t = make(tmp_path / str(schedule), schedule=schedule, stop=(17, "stop"))
+        t.fit(epochs=3)
+        before = t.lr
+        t.lr = before / 10
+        t.fit(epochs=3, resume=True)
+        rates = t.history.series("train", "lr")
+        at = rates[1][np.searchsorted(rates[0], 18)] if schedule else t.lr
+        assert at == pytest.approx(before / 10, rel=.1)
+
+
+def test_a_history_that_is_gone_is_told_and_the_run_stays_where_it_is(tmp_path):
+    make(tmp_path / "r", stop=(17, "stop")).fit(epochs=3)
+    (tmp_path / "r/history.jsonl").unlink()
+    t = make(tmp_path / "r")
+    with pytest.warns(RuntimeWarning, match="0 of its"): t.fit(epochs=3, resume=True)
+    assert t.step == 36 and {p.name for p in tmp_path.iterdir()} == {"r"}
+
+
+def test_a_disk_that_stays_away_is_told_once(tmp_path, monkeypatch):
+    def full(*_, **__): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    t = make(tmp_path / "r", callbacks=[Checkpoints(every=2)])
+    with pytest.warns(RuntimeWarning) as heard: t.fit(epochs=3)
+    assert len([w for w in heard if "could not be written" in str(w.message)]) == 1

@@ -18,7 +18,6 @@ import os
 import platform
 import shutil
 import time
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 
 from .packing import (DAMAGE, FORMAT, Hashed, digest, flush_folder, flushed, pack, read_file, read_tensors, too_new,
                                    unpack, write_tensors)
+from .telling import warn
 
 # %% ../../nbs/engine/09_checkpoint.ipynb #74a32c97
 MANIFEST = "manifest.json"
@@ -236,7 +236,7 @@ def read_checkpoint(
 # %% ../../nbs/engine/09_checkpoint.ipynb #4878bb6c
 def leave_out(path: Path, error: Exception) -> bool:
     """Says that a checkpoint is damaged, in the words of the error; returns False."""
-    warnings.warn(f"the checkpoint {path.name} is left out, and left where it is: {error}", RuntimeWarning, stacklevel=4)
+    warn(f"the checkpoint {path.name} is left out, and left where it is: {error}", RuntimeWarning)
     return False
 
 def is_good(

@@ -27,6 +27,7 @@ class Keeper(Callback):
     saver: Saver | None = None  # once there is a run folder
     stops = False  # whether a disk that refuses ends the run
     step = 0  # of the last state that was kept
+    told: tuple | None = None  # what went wrong the last time, so that a disk that stays full is told once
 
     def save(self, trainer: Any) -> None:
         """Keeps the state as it is now, once a step; what fails is told at the next look. What the save before cost training is logged."""
@@ -52,8 +53,12 @@ class Keeper(Callback):
     def tell(self, trainer: Any) -> bool:
         """Whether a save failed, with a warning; with on_error="stop" the run ends, with the last good checkpoint as it was."""
         error = self.saver.take_error() if self.saver else None
-        if error is None: return False
-        latest = self.saver.latest if self.saver else None
+        if error is None:
+            if self.saver and not self.saver.busy: self.told = None
+            return False
+        kind = type(error), getattr(error, "errno", None)
+        if kind == self.told: return True
+        self.told, latest = kind, self.saver.latest if self.saver else None
         there = f"the newest good one is {latest.name}" if latest else "there is none yet"
         message = f"a checkpoint could not be written ({type(error).__name__}: {error}); {there}"
         warn(message, RuntimeWarning)
