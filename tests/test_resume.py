@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from victim import Noisy, outcome, same
 
-import arc_nb.trainer as trainer_room
+import arc_nb.fitting as fitting_room
 from arc_nb import EMA, SWA, Callback, Checkpoints, EarlyStopping, Trainer
 from arc_nb.engine.history import History, Status
 
@@ -409,7 +409,7 @@ def test_save_now_and_by_hand(tmp_path):
 
 @pytest.mark.parametrize("form", ["tensors", "dataset", "loader"])
 def test_retry_goes_on_from_the_last_good_checkpoint(form, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_room, "PAUSE", .01)
+    monkeypatch.setattr(fitting_room, "PAUSE", .01)
     faults = [9, 20, 26]
     def fail(t):
         if faults and t.step == faults[0]: faults.pop(0); raise OSError("the file server is away")
@@ -425,7 +425,7 @@ def test_retry_goes_on_from_the_last_good_checkpoint(form, tmp_path, monkeypatch
 
 
 def test_retry_gives_up_with_the_error_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_room, "PAUSE", .01)
+    monkeypatch.setattr(fitting_room, "PAUSE", .01)
     def fail(t): raise Boom("always")
     t = make(tmp_path / "r", callbacks=[On(on_step_end=fail)])
     with warnings.catch_warnings(record=True) as heard, pytest.raises(Boom):
@@ -786,8 +786,8 @@ def test_schedulers_that_were_built_are_compared_by_what_they_were_made_with(kin
     def run(folder, number, **more):
         model = net(dropout=.2)
         optimizer = torch.optim.SGD(model.parameters(), lr=.1)
-        options = {"ReduceLROnPlateau": {"patience": number}, "StepLR": {"step_size": number}, "CosineAnnealingLR": {"T_max": number + 1}}[kind]
-        scheduler = getattr(torch.optim.lr_scheduler, kind)(optimizer, **options)
+        argument = {"ReduceLROnPlateau": "patience", "StepLR": "step_size", "CosineAnnealingLR": "T_max"}[kind]
+        scheduler = getattr(torch.optim.lr_scheduler, kind)(optimizer, **{argument: number + 1})
         return make(folder, model=model, optimizer=optimizer, schedule=scheduler, lr=.1, **more)
     t, whole = run(tmp_path / "r", 1, stop=(17, "stop")), run(tmp_path / "whole", 1)
     t.fit(epochs=3); whole.fit(epochs=3)
