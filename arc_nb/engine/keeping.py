@@ -60,8 +60,9 @@ class Keeper(Callback):
         if kind == self.told: return True
         self.told, latest = kind, self.saver.latest if self.saver else None
         there = f"the newest good one is {latest.name}" if latest else "there is none yet"
-        message = f"a checkpoint could not be written ({type(error).__name__}: {error}); {there}"
-        warn(message, RuntimeWarning)
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        message = f"a checkpoint could not be written: {why}; {there}"
+        warn(f"{message} ({type(error).__name__}: {error})", RuntimeWarning)
         trainer.status.message = message
         if self.stops: trainer.controls.stop(message, "failed")
         return True
