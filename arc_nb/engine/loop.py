@@ -72,11 +72,12 @@ class Steps:
         parts, status, at = self.parts, self.parts.status, self.at
         if parts.schedule: parts.schedule.step(status.step - status.start)
         if self.handlers["on_step_start"]: parts.events.emit("on_step_start")
-        try: outcome = self.lookout.outcome = parts.step(batches)
-        except BaseException: self.broken = True; raise
+        self.broken = True  # until the step is counted, in case that an error or an interrupt comes in between
+        outcome = self.lookout.outcome = parts.step(batches)
         status.step += 1
         at.batches += len(batches)
         self.lookout.recorder.add(status.step, outcome, parts.compute.extras)
+        self.broken = False
         if parts.optimizer.param_groups[0]["lr"] != at.lr: self._lr_changed(float(parts.optimizer.param_groups[0]["lr"]))
         if not outcome.good: report_not_finite(parts, outcome, batches, 1 + at.batches - len(batches))
         else:

@@ -72,7 +72,7 @@ def set_random_state(
     kind, keys, at, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), at, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state["cuda"])
+    for device, own in zip(range(torch.cuda.device_count()), state["cuda"]): torch.cuda.set_rng_state(own, device)
 
 # %% ../../nbs/engine/02c_randomness.ipynb #5515d31b
 def seed_all(

@@ -94,7 +94,7 @@ def settle(
 ) -> None:
     """Waits until what has been written to it is on the disk; nothing where it is gone."""
     if not path.exists(): return
-    with path.open("rb") as file: os.fsync(file.fileno())
+    with path.open("r+b") as file: os.fsync(file.fileno())
 
 # %% ../../nbs/engine/09b_saver.ipynb #8a9a5a36
 class Saver(Background):
