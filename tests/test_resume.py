@@ -510,10 +510,10 @@ def test_a_time_limit_keeps_the_place(tmp_path):
     slow = lambda: [On(on_step_end=lambda t: time.sleep(.02))]
     t = make(tmp_path / "r", callbacks=slow)
     t.fit(epochs=3, max_time=.3)
-    assert t.status.state == "stopped" and 3 < t.step < 36
+    assert t.status.state == "stopped" and 0 < t.step < 36
     while t.step < 36:
         before, t = t.step, make(tmp_path / "r", callbacks=slow)
-        t.fit(epochs=3, max_time=.5, resume=True)  # half a second more each time
+        t.fit(epochs=3, max_time=1, resume=True)  # a second more each time
         assert t.step > before
     whole = make(tmp_path / "whole", callbacks=lambda: [On(on_step_end=lambda t: None)])
     whole.fit(epochs=3)
