@@ -33,11 +33,10 @@ from arc_nb.resume import (
     Found,
     check_resume,
     find,
-    put_beside,
     put_callbacks,
     put_model,
-    put_optimizer,
     put_schedule,
+    put_training,
     refit,
     same_settings,
 )
@@ -73,9 +72,7 @@ class Resuming(Foldered):
     def _go_on(self, loop: Loop, found: Found, mine: bool) -> None:
         """Puts back what changes while training; weights and callbacks after on_fit_start, which may have changed both."""
         state, setup, parts = found.state, self.setup, loop.parts
-        put_optimizer(self.optimizer, state["optimizer"], mine)
-        setup.compute.precision.load_state_dict(state["precision"])
-        setup.step.load_state_dict(state["step_state"])
+        put_training(setup, state, mine)
         if self.horizon is None or self.horizon <= self.status.step - found.place["start"]:
             self.horizon = state["horizon"]  # there is nothing left to plan
         put_schedule(parts, state, self.horizon, mine)
@@ -83,8 +80,7 @@ class Resuming(Foldered):
         if self._lr is not None: parts.set_lr(self._lr)  # said after the checkpoint was written, and by hand
 
         def bring_back() -> None:
-            put_model(self.model, state)
-            put_beside(self.model, setup.given["loss"], state)
+            put_model(self.model, setup.given["loss"], state)
             put_callbacks(self.own_callbacks, state["callbacks"], setup.compute.precision.device)
 
         parts.on_start = bring_back

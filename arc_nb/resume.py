@@ -8,7 +8,7 @@ Docs: https://arc-nb.github.io/arc_nb/resume.html.md"""
 __all__ = ['COMPARED', 'ROUNDED', 'WAYS', 'CHOSEN', 'said', 'arguments', 'without_addresses', 'digest', 'described', 'is_same',
            'settings_of', 'data_of', 'fingerprint', 'differences', 'data_differ', 'model_differs', 'Found', 'find',
            'newest_in', 'home_of', 'check_resume', 'modules_in', 'beside_weights', 'put_model', 'put_beside',
-           'put_optimizer', 'put_schedule', 'same_settings', 'refit', 'put_callbacks', 'on_device']
+           'put_optimizer', 'put_training', 'put_schedule', 'same_settings', 'refit', 'put_callbacks', 'on_device']
 
 # %% ../nbs/40c_resume.ipynb #dcdfb35f
 import hashlib
@@ -177,7 +177,7 @@ def find(
         raise ValueError(f"resume={resume!r} is none of True, 'force', or the path of a checkpoint or a run")
     path = newest_in(named) if named else newest_good(folder / "checkpoints")
     if path is None: return None
-    state, metadata = read_checkpoint(path)
+    state, metadata = read_checkpoint(path, proven=path != named)
     if "place" not in state:
         raise ValueError(f"{path} does not say where in the data it stood, so fit(resume=) cannot go on from it; "
                          f"trainer.load_checkpoint({str(path)!r}) takes its weights and optimizer")
@@ -243,21 +243,21 @@ WAYS = ("fused", "foreach", "capturable", "differentiable")  # of computing: set
 
 def put_model(
     model: nn.Module,
+    loss: Any,  # as the Trainer was given it
     state: Mapping[str, Any],  # of a checkpoint
 ) -> None:
-    """The weights as training had them, and what else the model remembers; ValueError where they do not fit."""
+    """The weights as training had them, and what lies beside them; ValueError where they do not fit."""
     unfit = model_differs(state["model"], model)
     if unfit: raise ValueError(f"the checkpoint holds another model: {'; '.join(unfit)}")
     model.load_state_dict({**state["model"], **state.get("raw", {})})
+    if "beside" in state: put_beside(model, loss, state["beside"])
 
 def put_beside(
     model: nn.Module,
     loss: Any,  # as the Trainer was given it
-    state: Mapping[str, Any],  # of a checkpoint
+    beside: Mapping[str, Any],
 ) -> None:
     """What `beside_weights` kept."""
-    beside = state.get("beside")
-    if beside is None: return
     for name, value in beside["buffers"].items():
         owner, _, own = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -278,6 +278,16 @@ def put_optimizer(
         if not mine: raise
         warn(f"the optimizer begins anew, since its state does not fit: {error}")
     for group, own in zip(optimizer.param_groups, kept): group.update(own)
+
+def put_training(
+    setup: Any,  # of a Trainer
+    state: Mapping[str, Any],  # of a checkpoint
+    mine: bool = False,  # as `put_optimizer` takes it
+) -> None:
+    """What optimizer, loss scale and step knew, in that order."""
+    put_optimizer(setup.optimizer, state["optimizer"], mine)
+    setup.compute.precision.load_state_dict(state.get("precision", {}))
+    setup.step.load_state_dict(state.get("step_state", {}))
 
 def put_schedule(
     parts: Parts,  # of the fit that goes on

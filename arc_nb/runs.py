@@ -19,10 +19,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from torch import nn
 
-from .engine.checkpoint import is_used, prepare_folder
+from .engine.checkpoint import is_used, prepare_folder, versions
 from .engine.controls import FileControls
 from .engine.history import History, Status
 from .settings import settings
@@ -135,10 +134,9 @@ def describe(
     rows: int | None,  # of training data
 ) -> dict[str, Any]:
     """What config.json holds."""
-    from arc_nb import __version__
     settings_ = {k: plain(v) for k, v in given.items() if k not in ("model", "train", "valid")}
     return {"settings": settings_, "model": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters()), "rows": rows,
-            "versions": {"arc_nb": __version__, "python": platform.python_version(), "torch": torch.__version__},
+            "versions": versions(),
             "machine": platform.platform(), "began": time.strftime("%Y-%m-%d %H:%M:%S %z")}
 
 # %% ../nbs/39_runs.ipynb #9ee615c9

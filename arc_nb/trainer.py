@@ -22,7 +22,7 @@ from .engine.probe import summary
 from .engine.randomness import seeded
 from .engine.step import evaluate
 from .fitting import Training
-from .resume import newest_in, put_beside, put_callbacks, put_model, put_optimizer, settings_of
+from .resume import newest_in, put_callbacks, put_model, put_training, settings_of
 from .setup import Setup, check_choices, check_keepers, check_numbers, warn_unused
 from .using import export_model, predict, read_model, save_model
 
@@ -103,12 +103,9 @@ class Keeping(Using):
         the bit. FileNotFoundError where there is none, ValueError for a damaged one or another model's."""
         if self._thread: raise RuntimeError("this Trainer is training: stop() it first; restore() puts weights back in a callback too")
         state, _ = read_checkpoint(self._checkpoint(path), self.setup.compute.precision.device)
-        put_model(self.model, state)
-        put_beside(self.model, self.setup.given["loss"], state)
-        put_optimizer(self.optimizer, state["optimizer"])
+        put_model(self.model, self.setup.given["loss"], state)
+        put_training(self.setup, state)
         self.setup.base_lrs = list(state.get("base_lrs", [group["lr"] for group in self.optimizer.param_groups]))
-        self.setup.compute.precision.load_state_dict(state.get("precision", {}))
-        self.setup.step.load_state_dict(state.get("step_state", {}))
         self.status.step, self.status.epoch, self.status.lr = state["step"], state["epoch"], self.lr
         if "place" in state: put_callbacks(self.own_callbacks, state["callbacks"], self.setup.compute.precision.device)
 

@@ -218,6 +218,7 @@ def tensors_in(
 def read_checkpoint(
     path: str | Path,  # a checkpoint's folder, or a single file: of format 1, or from `write_file`
     device: str | torch.device = "cpu",  # where its tensors are put
+    proven: bool = False,  # whether it has just been verified
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """State and metadata; FileNotFoundError, or ValueError naming the file that is damaged. It runs no code."""
     path = Path(path)
@@ -225,7 +226,7 @@ def read_checkpoint(
     if path.is_file():
         state = read_file(path, device)
         return state, {"format": 1 if zipfile.is_zipfile(path) else FORMAT, **{k: state[k] for k in ("step", "epoch") if k in state}}
-    manifest = verify(path)
+    manifest = read_manifest(path) if proven else verify(path)
     try:
         tensors = {f"model.{name}": tensor for name, tensor in tensors_in(path, "model.safetensors", manifest, device).items()}
         tensors |= tensors_in(path, "state.safetensors", manifest, device)

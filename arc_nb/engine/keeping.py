@@ -15,7 +15,7 @@ from typing import Any
 
 from .callbacks import check_monitor, direction, watched
 from .events import Callback
-from .goal import Every
+from .goal import Every, check_whole
 from .guard import finite
 from .packing import pack
 from .saver import Saver
@@ -90,8 +90,8 @@ class Checkpoints(Keeper):
         compress: bool = False,
         on_error: str = "warn",  # or "stop": what a disk that refuses means for the run
     ):
-        for name, value, least in (("keep_last", 1 if keep_last is None else keep_last, 1), ("keep_best", keep_best, 0)):
-            if type(value) is not int or value < least: raise ValueError(f"{name}={value!r} has to be a whole number, at least {least}")
+        if keep_last is not None: check_whole("keep_last", keep_last, 1)
+        check_whole("keep_best", keep_best, 0)
         if on_error not in ("warn", "stop"): raise ValueError(f"on_error={on_error!r} is none of 'warn', 'stop'")
         self.every, self.spec, self.monitor, self.sign = Every(every), every, monitor, direction(monitor, mode)
         self.keep_last, self.keep_best, self.compress, self.stops = keep_last, keep_best, compress, on_error == "stop"

@@ -247,7 +247,7 @@ def place_of(
     parts, lookout = loop.parts, loop.lookout
     at = asdict(loop.epochs.at)
     mark = at.pop("mark")
-    return {"first": loop.first, "start": parts.status.start, "planned": parts.status.steps, "elapsed": parts.status.elapsed, "at": at,
+    return {"first": loop.first, "start": parts.status.start, "elapsed": parts.status.elapsed, "at": at,
             "rows": lookout.rows, "final": lookout.final, "mean": [lookout.recorder.total, lookout.recorder.rows],
             "history": mark or parts.history.position(), "train": parts.train.state_dict(),
             "valid": {} if parts.valid is None else parts.valid.state_dict(),

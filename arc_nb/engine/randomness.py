@@ -6,11 +6,11 @@ Docs: https://arc-nb.github.io/arc_nb/engine/randomness.html.md"""
 
 # %% auto #0
 __all__ = ['keyed_seed', 'permutation', 'item_seed', 'seed_item', 'random_state', 'set_random_state', 'seed_all', 'seeded',
-           'forked', 'Stream']
+           'rewinder', 'forked', 'Stream']
 
 # %% ../../nbs/engine/02c_randomness.ipynb #9be3a56f
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,14 +92,24 @@ def seeded(
     finally: set_random_state(before)
 
 # %% ../../nbs/engine/02c_randomness.ipynb #f4ae533d
+def rewinder(
+    gpu: bool = False,  # the present GPU's generator too, where one is in use
+) -> Callable[[], None]:
+    """A function that puts Python's, numpy's and torch's generators back to where they are now: quick, and for this process only."""
+    python, legacy, own = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    cuda = torch.cuda.get_rng_state() if gpu and torch.cuda.is_initialized() else None
+
+    def put_back() -> None:
+        random.setstate(python); np.random.set_state(legacy); torch.default_generator.set_state(own)
+        if cuda is not None: torch.cuda.set_rng_state(cuda)
+    return put_back
+
 @contextmanager
 def forked() -> Iterator[None]:
     """What is drawn or seeded inside it on the host leaves Python's, numpy's and torch's generators as they were."""
-    python, legacy, own = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    put_back = rewinder()
     try: yield
-    finally:
-        random.setstate(python); np.random.set_state(legacy)
-        torch.default_generator.set_state(own)
+    finally: put_back()
 
 # %% ../../nbs/engine/02c_randomness.ipynb #cd32e76f
 class Stream:

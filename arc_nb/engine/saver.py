@@ -129,8 +129,8 @@ class Saver(Background):
         self.wait()
         structure, tensors = pack(model_first(state))
         copies, events = self.host.take(tensors)
-        state, metadata = unpack(structure, copies), json.loads(json.dumps(metadata))
-        self.start(lambda: self.write(state, metadata, events, beside, began))
+        metadata = json.loads(json.dumps(metadata))
+        self.start(lambda: self.write(unpack(structure, copies), metadata, events, beside, began))
         self.stalled = time.perf_counter() - began
 
     def write(
