@@ -65,17 +65,19 @@ def check_step(
 
 # %% ../../nbs/engine/15_compiled.ipynb #38c0588b
 def whole_step(step: Any, inputs: Any, target: Any, weight: Tensor | None) -> Tensor:
-    """The step as one function of its batch; (2,): loss and gradient norm."""
+    """The step as one function of its batch; (2,): loss and gradient norm. Whoever hears it is told where it is not compiled."""
     compute = step.compute
     with compute.precision.cast():
         output = compute.model(**inputs) if isinstance(inputs, dict) else compute.model(*inputs)
         loss = compute.objective(output, target, weight)  # type: ignore[misc]
     if compute.penalty is not None: loss = loss + compute.penalty()
     found = torch.autograd.grad(loss, step.parameters, allow_unused=True)
+    if step.heard is not None: step.heard.before(found)
     with torch.no_grad():
         norm = torch.stack([g.float().square().sum() for g in found if g is not None]).sum().sqrt()
         good = torch.isfinite(loss) & torch.isfinite(norm)
         for tensor, new in changes(step, found, norm): tensor.copy_(torch.where(good, new, tensor))
+        if step.heard is not None: step.heard.after()
     return torch.stack([loss.detach().float(), norm])
 
 class Graph:
@@ -90,6 +92,7 @@ class Graph:
     def __call__(self, batch: Batch) -> Tensor:
         """Makes the step; loss and norm, (2,)."""
         parts = batch.inputs, batch.target, batch.weight
+        if self.step.heard is not None: return whole_step(self.step, *parts)
         if self.rows is None: self.rows = batch.rows
         if batch.rows != self.rows: return whole_step(self.step, *parts)
         return self.call(*parts) if self.compiled else self._first(parts)
