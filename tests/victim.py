@@ -22,7 +22,7 @@ from arc_nb.engine import loop
 from arc_nb.engine.callbacks import EMA, EarlyStopping
 from arc_nb.engine.keeping import Checkpoints
 
-TIMED = ("seconds", "samples_per_second", "checkpoint_seconds", "metric_seconds")
+TIMED = ("seconds", "data_seconds", "samples_per_second", "checkpoint_seconds", "metric_seconds")
 EPOCHS = 3
 
 

@@ -240,7 +240,7 @@ class History(Columns):
         return long_frame(self)
 
     def epochs(self) -> "pd.DataFrame":
-        """A row an epoch: epoch, train_loss, valid_loss, valid metrics, lr, seconds, samples_per_second."""
+        """A row an epoch: epoch, train_loss, valid_loss, valid metrics, data_seconds (waited for data), lr, seconds, samples_per_second."""
         return epoch_frame(self)
 
     @classmethod
@@ -294,6 +294,7 @@ class Status:
     lr: float = math.nan
     samples_per_second: float | None = None
     message: str = ""  # why it ended, in a sentence
+    cause: str = ""  # where a loss or gradient that was not finite came from, such as "the output of layer 1 (Log) is not finite"
     pid: int = field(default_factory=os.getpid)
     beat: float = field(default_factory=time.time)  # seconds since 1970 of the last sign of life
 

@@ -190,7 +190,7 @@ def validate(
 
 def log_epoch(
     parts: Parts,
-    row: dict[str, float | None],  # train_loss, seconds, samples_per_second
+    row: dict[str, float | None],  # train_loss, data_seconds, seconds, samples_per_second
     measuring: float,  # CPU seconds that training metrics took
 ) -> None:
     """Writes the epoch's row, with the training metrics and what they cost."""
@@ -210,7 +210,7 @@ def report_not_finite(
     status = parts.status
     told = [(k, explain(parts.compute, piece)) for k, batch in enumerate(batches) for piece in cut(batch, parts.step.cuts.most)]
     at, sentence = next((found for found in told if found[1] != NOTHING), told[0])
-    where = f"batch {first + at}: {sentence}"
+    where, status.cause = f"batch {first + at}: {sentence}", sentence
     message = (f"stopped at step {status.step} (epoch {status.epoch}): the loss is {float(outcome.loss):g}, the gradient's norm "
                f"{float(outcome.norm):g}: {where}. The weights are those before this step.")
     give_up(parts, message)

@@ -11,6 +11,7 @@ __all__ = ['Within', 'Steps', 'Epochs', 'Loop', 'place_of', 'go_on']
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -35,6 +36,7 @@ class Within:
     rows: int = 0  # of data that the fit had used before this epoch
     seconds: float = 0.0  # that the fit had taken before this epoch
     measuring: float = 0.0  # CPU seconds that training metrics took in this epoch
+    waiting: float = 0.0  # seconds that the loop waited for batches in this epoch
     validated: bool = False
     owed: bool = False  # a validation in the middle of the epoch has begun and not ended
     lr: float = -1.0  # the optimizer's rate, as last seen
@@ -61,7 +63,14 @@ class Steps:
         at, limit = self.at, self.goal.limit_batches
         batches = iter(islice(self.parts.train.epoch(self.parts.status.epoch, at.batches), None if limit is None else limit - at.batches))
         self._go_on_drawing()
-        return iter(lambda: tuple(islice(batches, self.parts.accumulate)), ())
+        return iter(partial(self._group, batches), ())
+
+    def _group(self, batches: Iterator[Batch]) -> tuple[Batch, ...]:
+        """The next batches, and how long they took to come."""
+        began = time.perf_counter()
+        found = tuple(islice(batches, self.parts.accumulate))
+        self.at.waiting += time.perf_counter() - began
+        return found
 
     def _go_on_drawing(self) -> None:
         """Puts the generators of a resumed run back, after its data have been found again and before anything is drawn."""
@@ -151,7 +160,8 @@ class Epochs(Steps):
         took, rows, mean = status.elapsed - at.seconds, lookout.rows - at.rows, lookout.recorder.epoch_mean()
         status.samples_per_second = rows / took if took > 0 else None
         if self._valid_is_due(): self._validate()
-        log_epoch(parts, {"train_loss": mean, "seconds": took, "samples_per_second": status.samples_per_second}, at.measuring)
+        row = {"train_loss": mean, "data_seconds": at.waiting, "seconds": took, "samples_per_second": status.samples_per_second}
+        log_epoch(parts, row, at.measuring)
         if parts.schedule and (at.validated or not parts.schedule.needs_value):
             parts.schedule.on_epoch(parts.history.latest(parts.schedule.monitor))
         at.inside, at.mark = False, None
@@ -165,7 +175,8 @@ class Loop:
     """One fit: epochs until the goal is reached or somebody asks for a stop."""
     def __init__(self, parts: Parts, goal: Goal):
         status = parts.status
-        status.start, status.elapsed, status.message, self.first = status.step, 0.0, "", status.epoch
+        status.start, status.elapsed, self.first = status.step, 0.0, status.epoch
+        status.message = status.cause = ""
         self.parts, self.goal, self.lookout = parts, goal, Lookout(parts, goal)
         self.epochs = Epochs(parts, goal, self.lookout)
         parts.compute.heard = self.epochs.measure if parts.train_metrics else None
