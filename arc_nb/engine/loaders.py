@@ -6,10 +6,11 @@ Docs: https://arc-nb.github.io/arc_nb/engine/loaders.html.md"""
 
 # %% auto #0
 __all__ = ['TOO_FEW', 'Batch', 'unpack', 'inputs_of', 'is_nested', 'opened', 'count_rows', 'to_device', 'KeyedItems',
-           'gives_many', 'DatasetReader', 'ListReader', 'LoaderBatches', 'make_loader', 'read_dataset']
+           'gives_many', 'DatasetReader', 'ListReader', 'LoaderBatches', 'make_loader', 'read_dataset', 'apart']
 
 # %% ../../nbs/engine/03a_loaders.ipynb #17fd1e7c
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -320,3 +321,22 @@ def read_dataset(
     return DatasetReader(data, batch_size, seed, shuffle, drop_last, workers, pin, what)
 
 TOO_FEW = "{what} has {rows} rows, fewer than one batch of {batch_size}, and drop_last=True leaves none"
+
+# %% ../../nbs/engine/03a_loaders.ipynb #a9af8267
+@contextmanager
+def apart(
+    *data: Any,  # TensorBatches or LoaderBatches, or None
+) -> Iterator[None]:
+    """What is read inside, in epochs other than the first, leaves their place and their generators as they were; ValueError for data
+    that can be read only once."""
+    readers = [d.reader if isinstance(d, LoaderBatches) else d for d in data if d is not None]
+    for reader in readers:
+        if isinstance(reader, Replay) and reader.once: raise ValueError(_ASIDE.format(what=reader.what))
+    sources = [r.source if isinstance(r, Replay) else r.data if isinstance(r, DatasetReader) else None for r in readers]
+    kept = [(r, dict(vars(r)), source, states_of(source)) for r, source in zip(readers, sources)]
+    try: yield
+    finally:
+        for reader, attributes, source, states in kept: vars(reader).update(attributes); put_back(source, states)
+
+_ASIDE = ("{what} can be read only once, and what is read aside would be missing afterwards: give a list of batches, a DataLoader or an "
+          "object whose __iter__ begins anew")
