@@ -42,6 +42,7 @@ class State(Source):
     _made: dict[str, Any] | None = None  # the fingerprint of the fit
     _settings: dict[str, Any]  # as they were said
     _data: dict[str, Any] | None = None  # what was said of them
+    _probes: Callback | None = None  # who watches the layers in this fit
 
     @property
     def model(self) -> nn.Module: return self.setup.given["model"]
@@ -138,7 +139,7 @@ class Listening(Stating):
             board = self.board(str(self.setup.given["board"]))
             if not self._thread: self.live = board
             found.append(Watching(board))
-        return found
+        return found + ([self._probes] if self._probes else [])
 
     def order(self) -> None:
         """Prints who listens, in the order in which they are called."""
