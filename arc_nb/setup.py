@@ -250,7 +250,16 @@ class Setup(Materials):
         if given["l1"] or given["l2"]: self.compute.penalty = penalty(model, given["l1"], given["l2"])
         self.step = self._step()
         check_schedule(given["schedule"], self.optimizer, given["lr"], self.valid is not None)
-        if given["compile"] is True: self.compute.model = torch.compile(model)  # type: ignore[assignment]
+        self.put_in_place(model)
+
+    def put_in_place(
+        self,
+        model: nn.Module,  # the one given, or one that holds it and has no parameters of its own
+    ) -> None:
+        """Trains and uses this model from now on; the optimizer stays."""
+        model = model.to(self.compute.precision.device)
+        self.given = {**self.given, "model": model}
+        self.compute.model = torch.compile(model) if self.given["compile"] is True else model  # type: ignore[assignment]
 
     def _step(self) -> Step:
         """The step, or the one that is compiled as a whole."""
