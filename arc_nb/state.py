@@ -25,7 +25,7 @@ from .engine.loop import Loop, place_of
 from .engine.randomness import random_state
 from .engine.telling import warn
 from .resume import Found, beside_weights, data_of, fingerprint, home_of
-from .runs import Source, check_free, describe, open_folder, read_config, write_config
+from .runs import Source, check_free, describe, find_layers, open_folder, read_config, write_config
 from .setup import Setup
 
 # %% ../nbs/40d_state.ipynb #fc855bad
@@ -165,7 +165,11 @@ class Foldered(Listening):
         path = self._reopen(found) if found and mine else self.path or self._begin()
         self.history.path = path / "history.jsonl"
         if home and not mine and (home / "history.jsonl").exists(): shutil.copy(home / "history.jsonl", self.history.path)
-        if home and found: self.history.rewind(found.place["history"])
+        if home and found:
+            if not mine and (home / "layers.jsonl").exists(): shutil.copy(home / "layers.jsonl", path / "layers.jsonl")
+            self.layers = find_layers(path)
+            if self.layers: self.layers.rewind(self.status.step)
+            self.history.rewind(found.place["history"])
         elif found: warn(f"{found.path} lies outside of its run: the history begins at step {self.step}")
         self.status.write(path)  # alive from the first moment, for whoever looks from elsewhere
         return path

@@ -163,4 +163,4 @@ def unbroken() -> Iterator[None]:
     try: yield
     finally:
         for number, handler in before.items(): signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        for number in waiting: signal.raise_signal(number)
+        for heard in waiting: signal.raise_signal(heard)
