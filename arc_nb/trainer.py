@@ -21,8 +21,8 @@ from .engine.history import History, Status
 from .engine.probe import summary
 from .engine.randomness import seeded
 from .engine.step import evaluate
-from .aside import Aside
 from .resume import newest_in, put_callbacks, put_model, put_training, settings_of
+from .seeing import Seeing
 from .setup import Setup, check_choices, check_keepers, check_numbers, warn_unused
 from .using import export_model, predict, read_model, save_model
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from arc_nb.watch.board import Board
 
 # %% ../nbs/41_trainer.ipynb #e9a4932e
-class Using(Aside):
+class Using(Seeing):
     """What can be done with the model: evaluate, predict, show."""
 
     def evaluate(
