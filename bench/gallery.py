@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +252,7 @@ def few_rows_and_wrong_labels(s):
     s.trainer["batch_size"] = 16
 
 @broken("underfitting")
-def weight_decay_of_100(s): s.trainer["optimizer"] = ("adamw", {"weight_decay": 100.})
+def weight_decay_of_30(s): s.trainer["optimizer"] = ("adamw", {"weight_decay": 30.})
 
 @broken("underfitting", "lr-too-low")
 def stopped_after_two_epochs(s): s.trainer |= {"optimizer": ("sgd", {"momentum": 0.}), "lr": 1e-2}; s.fit = {"epochs": 2}
@@ -323,7 +323,9 @@ def a_schedule_that_ends_too_soon(s):
     s.trainer["schedule"] = ("exponential", {"rate": .95, "per": "step"})
 
 @broken("noisy-validation")
-def dropout_that_stays_on(s): s.model = nn.Sequential(*s.model[:-1], Dropped(.8), s.model[-1]); s.fit = {"epochs": s.epochs(600)}
+def dropout_that_stays_on_and_20_rows(s):
+    s.model, s.valid = nn.Sequential(*s.model[:-1], Dropped(.8), s.model[-1]), (s.valid[0][:20], s.valid[1][:20])
+    s.fit = {"epochs": s.epochs(600)}
 
 @broken("noisy-validation")
 def other_six_rows_at_each_validation(s): s.valid = Sampled(s.valid, 6, s.seed); s.fit = {"epochs": s.epochs(600)}
@@ -376,13 +378,13 @@ def the_target_among_the_inputs(s):
 
 
 @broken("exploding-gradients")
-def a_recurrent_layer_with_weights_x_6(s):
+def a_recurrent_layer_that_amplifies(s):
     if s.name not in ("diabetes", "wine"): return False  # once a half: on the series
     other = series(s.seed, s.half)
     s.__dict__.update(other.__dict__)
-    s.model = Recurrent(nn.RNN)
-    with torch.no_grad(): s.model.cell.weight_hh_l0.mul_(0).add_(torch.eye(24) * 2.2); s.model.cell.weight_ih_l0.mul_(.05)
-    s.trainer |= {"optimizer": ("sgd", {"momentum": .9}), "lr": 1e-2}
+    s.model = Recurrent(partial(nn.RNN, nonlinearity="relu"))
+    with torch.no_grad(): s.model.cell.weight_hh_l0.zero_().add_(torch.eye(24) * 1.5)
+    s.trainer["lr"] = 1e-3
 
 
 def healthy(make): HEALTHY[make.__name__.replace("_", " ")] = make; return make
