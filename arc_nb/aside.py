@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from .engine.controls import unbroken
 from .engine.loaders import apart
 from .engine.packing import pack, unpack

@@ -9,22 +9,24 @@ __all__ = ['FAR', 'Finding', 'Knowing', 'Seeing']
 
 # %% ../nbs/40g_seeing.ipynb #93350833
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import count, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .aside import Aside, copied
 from .engine.batches import Batch
-from .engine.checkpoint import best_good
+from .engine.checkpoint import best_good, read_checkpoint, restore
 from .engine.controls import signals_stop
 from .engine.goal import check_whole
 from .engine.loaders import apart
 from .engine.randomness import keyed_seed, seed_all, seeded
 from .engine.scaling import standardised
 from .engine.step import keeping_modes
-from .engine.sweep import Curve, exponential, suggest, sweep
+from .engine.sweep import Curve, Suggestion, exponential, suggest, sweep
 from .settings import settings
 
 # %% ../nbs/40g_seeing.ipynb #a9be5a6a
@@ -55,22 +57,21 @@ class Finding(Aside):
         rates = exponential(start, end, steps)
         check_whole("repeats", repeats, 1)
         curve = Curve(rates, [], [])
-        found = Found(curve, self._choose, self.name, self.lr, settings()["theme"])
+        found = Found(curve, None, self._choose, self.name, self.lr, settings()["theme"])
         with signals_stop(self.controls), self.untouched() as state: self._sweep(curve, repeats, state, found.progress)
-        found.end(suggest(curve))
-        return found
+        return found.finish(curve, suggest(curve))
 
     def _choose(self, lr: float) -> None: self.lr = lr
 
-    def _sweep(self, curve: Curve, repeats: int, state: dict[str, Any], tell: Callable | None = None) -> None:
-        """Fills the curve; the trainer is left as the last step left it."""
-        setup = self.setup
+    def _sweep(self, curve: Curve, repeats: int, state: dict[str, Any], tell: Callable[[Curve], Any] = lambda curve: None) -> None:
+        """Fills the curve, and tells of it after every step; the trainer is left as the last step left it."""
+        setup, so_far = self.setup, lambda losses: tell(replace(curve, losses=[*curve.losses, np.array(losses)]))
         with setup.compute.precision.settings(), setup.step.settings():
             for repeat in range(repeats):
                 if repeat: self._put_back(copied(state))  # a copy, which the optimizer may then change
                 self.model.train()
                 seed_all(keyed_seed(setup.given["seed"], self.step, repeat))
-                losses, ended = sweep(setup.step, self._aside(repeat), curve.rates, self.controls, tell)
+                losses, ended = sweep(setup.step, self._aside(repeat), curve.rates, self.controls, so_far)
                 curve.losses.append(np.array(losses)); curve.ended.append(ended)
                 if ended == "interrupted": return
 
@@ -111,7 +112,8 @@ class Knowing(Finding):
         layers = [(name or "model", list(layer.parameters(recurse=False))) for name, layer in self.model.named_modules()]
         layers = [(name, parameters) for name, parameters in layers if parameters]
         return {"lr": self.lr, "optimizer": type(optimizer).__name__, "clip_norm": self.setup.step.clip_norm,
-                "schedule": str(given["schedule"]) if given["schedule"] else None, "batch_size": given["batch_size"], "accumulate": given["accumulate"], "precision": self.setup.compute.precision.name,
+                "schedule": str(given["schedule"]) if given["schedule"] else None, "batch_size": given["batch_size"],
+                "accumulate": given["accumulate"], "precision": self.setup.compute.precision.name,
                 "parameters": sum(p.numel() for p in self.model.parameters()), "training": "step" if given["step"] else "loss",
                 "frozen": [name for name, own in layers if not any(p.requires_grad for p in own)],
                 "trained": [name for name, own in layers if any(p.requires_grad and id(p) in held for p in own)],
@@ -147,8 +149,11 @@ class Seeing(Knowing):
     def _remedies(self) -> dict[str, Callable]:
         """What a finding can do by itself."""
         found: dict[str, Callable] = {"lr": self._choose, "clip": self._clip, "normalise": self._normalise}
-        if self.path and best_good(self.path / "checkpoints"): found["best"] = partial(self.restore, "best")
+        best = best_good(self.path / "checkpoints") if self.path else None
+        if best: found["best"] = partial(self._best, best)
         return found
+
+    def _best(self, path: Path) -> None: restore(self.model, read_checkpoint(path, self.setup.compute.precision.device)[0]["model"])
 
     def _clip(self, limit: float) -> None: self.setup.step.clip_norm = limit
 
@@ -163,4 +168,11 @@ class Seeing(Knowing):
         from arc_nb.diagnose.checkup import checkup
         facts, setup = self.facts, self.setup
         with signals_stop(self.controls), self.untouched() as state:
-            return checkup(setup.compute, setup.step, setup.train, setup.valid, facts, partial(self._quick_curve, state), self.lr)
+            return checkup(setup.compute, setup.step, setup.train, setup.valid, facts, partial(self._quick, state), self.lr)
+
+    def _quick(self, state: dict[str, Any]) -> tuple[Curve, Suggestion]:
+        """A sweep of sixty steps, and what it suggests."""
+        self._put_back(copied(state))
+        curve = Curve(exponential(1e-6, 10, 60), [], [])
+        self._sweep(curve, 1, state)
+        return curve, suggest(curve)
