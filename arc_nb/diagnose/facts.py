@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .guess import Task, class_baseline, count_classes, leaks, number_baseline, task_of
+from .guess import Relation, Task, class_baseline, count_classes, leaks, neighbours, number_baseline, task_of, tokens
 from .rows import CPU, keys_of, sample, together, twins
 from ..engine.batches import Batch, LoaderBatches, TensorBatches
 from ..engine.loaders import to_device
@@ -68,6 +68,7 @@ class Facts:
     constant_inputs: list[str] = field(default_factory=list)  # names of features
     missing: list[str] = field(default_factory=list)  # names of features with values that are not finite
     leaks: list[tuple[str, float]] = field(default_factory=list)  # (feature, score): it gives the target away; the score is 1 at most
+    relation: Relation | None = None  # how often nearest neighbours agree about the target, beside chance; None where nobody can say
     overlap: float | None = None  # share of the validation rows seen that are, target and all, among the training rows compared
     overlap_rows: int | None = None  # the same as a number of rows
     compared: int = 0  # training rows that the validation rows were compared with
@@ -213,6 +214,7 @@ def _targets(facts: Facts, compute: Computation, read: Sequence[Batch], inputs: 
     facts.outputs = _outputs(objective, output, read[0].target)
     _judge_classes(facts, objective, goal)
     if len(goal) == facts.seen and not facts.constant_target: facts.leaks = _leaks(inputs, goal, columns)
+    facts.relation = _relation(facts, inputs, goal, objective.ignore)
     if facts.baseline is None: _judge_numbers(facts, objective, output, goal, together([b.weight for b in read]).get(""))
 
 # %% ../../nbs/diagnose/36_facts.ipynb #6fb1d2f7
@@ -250,3 +252,15 @@ def _leaks(inputs: Mapping[str, Tensor], target: Tensor, columns: Sequence[str] 
     named = {label: column for k, (name, v) in enumerate(tables.items()) if v.shape[1] <= COLUMNS
              for label, column in zip(_names(name, v.shape[1], columns if k == 0 else None), v.double().numpy().T)}
     return [(name, score) for name, score in copies if score >= 0.98] + leaks(named, target.reshape(len(target), -1).double().numpy())
+
+# %% ../../nbs/diagnose/36_facts.ipynb #b641b001
+def _relation(facts: Facts, inputs: Mapping[str, Tensor], target: Tensor, ignore: int) -> Relation | None:
+    rows = len(target)
+    if facts.kind == "tokens":
+        first = next(iter(inputs.values()))
+        return tokens(first, target, ignore) if first.shape == target.shape and rows else None
+    tables = [v.reshape(rows, -1) for v in inputs.values() if v.is_floating_point() and len(v) == rows]
+    if not tables or rows < 20 or facts.constant_target or facts.missing or facts.task == "unknown": return None
+    single = target[:1].numel() == 1 and facts.classes is not None
+    if not single and not target.is_floating_point(): return None  # a class a pixel
+    return neighbours(torch.cat(tables, 1), target.reshape(-1).long() if single else target)

@@ -2,12 +2,13 @@
 
 # %% auto #0
 __all__ = ['Task', 'TASKS', 'GIVEN', 'GIVEN_NUMBER', 'PARTS', 'FIT', 'JUDGE', 'task_of', 'count_classes', 'descend',
-           'class_baseline', 'number_baseline', 'class_score', 'number_score', 'leaks']
+           'class_baseline', 'number_baseline', 'class_score', 'number_score', 'leaks', 'Relation', 'neighbours',
+           'tokens']
 
 # %% ../../nbs/diagnose/35c_guess.ipynb #7fddaf93
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -150,3 +151,52 @@ def leaks(
     usable = {name: column for name, column in columns.items() if np.isfinite(column).all() and np.ptp(column)}
     found = {name: max(judge(column, goal) for goal in target.T) for name, column in usable.items()}
     return sorted(((name, value) for name, value in found.items() if value >= limit), key=lambda pair: -pair[1])
+
+# %% ../../nbs/diagnose/35c_guess.ipynb #73d7bb99
+class Relation(NamedTuple):
+    """How well something simple knows the target, beside chance."""
+    agree: float  # share of right answers; for numbers a correlation
+    chance: float  # the same of a guess
+    sigmas: float  # how many standard errors lie between them
+    rows: int  # that were asked
+
+def neighbours(
+    inputs: Tensor,  # (n, columns)
+    target: Tensor,  # (n,) classes as whole numbers, or (n, ...) floats
+    cost: float = 2e9,  # multiplications at most: fewer rows are asked where rows are long
+) -> Relation:
+    """How often a row's nearest neighbour has the same class (chance: the sum of squared shares), or how its number correlates."""
+    most = max(2, min(2000, int((cost / max(1, inputs.shape[1])) ** 0.5)))
+    picked = torch.arange(min(len(inputs), most)) * len(inputs) // min(len(inputs), most)
+    x, y = inputs[picked].float(), target[picked]
+    x = (x - x.mean(0)) / x.std(0, correction=0).clamp(min=1e-12)
+    nearest = torch.cdist(x, x).fill_diagonal_(math.inf).argmin(1)
+    if not y.is_floating_point():
+        shares = torch.bincount(torch.unique(y, return_inverse=True)[1]).double() / len(y)
+        return _relation(float((y == y[nearest]).double().mean()), float(shares.square().sum()), len(y) / 2)  # neighbours come in pairs
+    y = y.reshape(len(y), -1).double()
+    y = (y - y.mean(0)) / y.std(0, correction=0).clamp(min=1e-12)
+    return Relation(agree := float((y * y[nearest]).mean()), 0.0, agree * (len(y) / 2) ** 0.5, len(y))
+
+def _relation(agree: float, chance: float, number: float) -> Relation:
+    error = math.sqrt(max(chance * (1 - chance), 1e-12) / number)
+    return Relation(agree, chance, (agree - chance) / error, round(number))
+
+# %% ../../nbs/diagnose/35c_guess.ipynb #1706598a
+def tokens(
+    inputs: Tensor,  # whole numbers, any shape
+    target: Tensor,  # of the same shape
+    ignore: int = -100,  # a target that does not count
+) -> Relation:
+    """How often the target that is commonest for a token is right, beside the commonest of all."""
+    kept = target.reshape(-1) != ignore
+    x, y = (t.reshape(-1)[kept][:200_000] for t in (inputs, target))
+    seen, goals = torch.unique(x, return_inverse=True)[1], torch.unique(y, return_inverse=True)
+    number = len(goals[0])
+    pairs, counts = torch.unique(seen[FIT] * number + goals[1][FIT], return_counts=True)
+    best = torch.zeros(int(seen.max()) + 1, dtype=torch.long) + torch.bincount(goals[1][FIT]).argmax()
+    order = counts.argsort(stable=True)  # the commonest comes last, and stays
+    best[(pairs // number)[order]] = (pairs % number)[order]
+    right = float((best[seen[JUDGE]] == goals[1][JUDGE]).double().mean())
+    guess = float((torch.bincount(goals[1][FIT]).argmax() == goals[1][JUDGE]).double().mean())
+    return _relation(right, guess, len(y) // 2)
