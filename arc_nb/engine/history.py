@@ -294,6 +294,7 @@ class Status:
     lr: float = math.nan
     samples_per_second: float | None = None
     message: str = ""  # why it ended, in a sentence
+    finding: str = ""  # the worst that the run shows so far, where somebody watches it
     cause: str = ""  # where a loss or gradient that was not finite came from, such as "the output of layer 1 (Log) is not finite"
     pid: int = field(default_factory=os.getpid)
     beat: float = field(default_factory=time.time)  # seconds since 1970 of the last sign of life
