@@ -99,7 +99,7 @@ class Pictures(Samples):
 
     def chart(self, name: str, theme: str = "auto", most: int = 4) -> str:
         """The worst layers as lines, as SVG."""
-        return chart(self.lines(name, most), f"{TITLES.get(name, name.capitalize())}, the layers worth a look", theme=theme, x_label="step",
+        return chart(self.lines(name, most), f"{TITLES.get(name, name.capitalize())}, worst layers", theme=theme, x_label="step",
                      log=name not in SHARES)
 
     def still(self, theme: str = "auto", width: int = 800) -> str:

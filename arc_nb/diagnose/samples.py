@@ -20,7 +20,8 @@ from .histograms import Histograms
 
 # %% ../../nbs/diagnose/33b_samples.ipynb #a6fb8c0f
 QUANTITIES = {"gradient": "low", "ratio": "off", "dead": "high", "saturated": "high", "utilisation": "low", "near_zero": "high",
-              "rank": "low", "weight": "high", "update": "high", "mean": "high", "std": "high", "nonfinite": "high"}  # and which values are worth a look
+              "rank": "low", "weight": "high", "update": "high", "mean": "high", "std": "high",
+              "nonfinite": "high"}  # and which values are worth a look
 
 @dataclass
 class Layer:
