@@ -60,7 +60,7 @@ VALUES = 4096  # of a tensor, for its histogram
 def norms_of(tensors: Sequence[Tensor]) -> Tensor:
     """The 2-norm of each, (n,) float32, on their device."""
     half = [t.dtype in (torch.float16, torch.bfloat16) for t in tensors]
-    if not any(half): found = torch._foreach_norm(list(tensors))
+    if not any(half): found = list(torch._foreach_norm(list(tensors)))
     else: found = [torch.linalg.vector_norm(t, dtype=torch.float32 if h else None) for t, h in zip(tensors, half)]
     return torch.stack([n.float() for n in found]) if found else torch.zeros(0)
 
@@ -136,7 +136,8 @@ class Listening:
         """Norms, numbers that are not finite, and values for histograms."""
         if not have: return
         self.put("gradient", have, norms_of([*have.values()]))
-        self.put("nonfinite", have, torch.stack([g.numel() - g.isfinite().sum() for g in have.values()]))
+        zeros = torch._foreach_sub([*have.values()], [*have.values()])  # NaN where something is not finite
+        self.put("nonfinite", have, torch.stack([z.count_nonzero() for z in zeros]))
         self._spread("gradient", have)
 
     def _rows(self, have: dict[int, Tensor]) -> None:
