@@ -107,12 +107,20 @@ class Preparing(Resuming):
         parts.events = Events(self.listeners(), self)
         if self._keeper: parts.on_save = self._keep
         self.path = parts.folder = self._open(found)
+        self._watch()
         loop = Loop(parts, goal)
         self.horizon = goal.horizon(parts.length, parts.accumulate)
         if goal.plan is not None and not self._ends_with_the_run(parts):
             warn(NO_PLAN.format(plan=goal.plan))
         if found: self._go_on(loop, found, mine)
         return loop
+
+    def _watch(self) -> None:
+        """Gives the probes the table in which they go on."""
+        if self._probes is None: return
+        from arc_nb.diagnose.layers import Layers
+        self.layers = self.layers or Layers(folder=self.path)
+        self._probes.layers, self._probes.owner = self.layers, self  # type: ignore[assignment]
 
     def _ends_with_the_run(self, parts: Parts) -> bool:
         """Whether something is planned over the whole run."""

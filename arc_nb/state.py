@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,6 +28,9 @@ from .resume import Found, beside_weights, data_of, fingerprint, home_of
 from .runs import Source, check_free, describe, find_layers, open_folder, read_config, write_config
 from .setup import Setup
 
+# %% ../nbs/40d_state.ipynb #6fe59837
+if TYPE_CHECKING: from arc_nb.diagnose.probes import Probes
+
 # %% ../nbs/40d_state.ipynb #fc855bad
 class State(Source):
     """Where training stands: model, optimizer, step, learning rate."""
@@ -42,7 +45,7 @@ class State(Source):
     _made: dict[str, Any] | None = None  # the fingerprint of the fit
     _settings: dict[str, Any]  # as they were said
     _data: dict[str, Any] | None = None  # what was said of them
-    _probes: Callback | None = None  # who watches the layers in this fit
+    _probes: "Probes | None" = None  # who watches the layers in this fit
 
     @property
     def model(self) -> nn.Module: return self.setup.given["model"]
