@@ -6,7 +6,7 @@ Docs: https://arc-nb.github.io/arc_nb/diagnose/activations.html.md"""
 
 # %% auto #0
 __all__ = ['RECTIFIERS', 'ENDS', 'OTHERS', 'ACTIVATIONS', 'CALLS', 'SOME', 'MANY', 'NEAR', 'DORMANT', 'SECOND', 'CALLED',
-           'ends_of', 'layers_of', 'units_of', 'first_tensor', 'unit_dim', 'some_of', 'measure', 'Functions',
+           'ends_of', 'layers_of', 'units_of', 'first_tensor', 'unit_dim', 'some_of', 'measure', 'divided', 'Functions',
            'Measured', 'Outputs']
 
 # %% ../../nbs/diagnose/34b_activations.ipynb #3cd59f5e
@@ -94,17 +94,26 @@ def measure(
     x: Tensor,  # (rows, units, rest)
     ends: tuple[float, float] | None = None,  # of a bounded activation
     activation: bool = False,  # whether dormant units are counted
-) -> dict[str, Tensor]:
-    """mean, square, near_zero, and where they mean something saturated and utilisation: scalars on the device."""
+) -> list[tuple[str, Tensor, float]]:
+    """mean, square, near_zero, and where they mean something saturated and utilisation: each a scalar on the device and what divides it."""
     x = x.float()
     size, numbers = x.abs(), x.numel()
-    square = torch.linalg.vector_norm(x).square() / numbers
-    out = {"mean": x.mean(), "square": square, "near_zero": (size <= NEAR * square.sqrt()).sum() / numbers}
-    if ends: out["saturated"] = ((x <= ends[0]) | (x >= ends[1])).sum() / numbers
+    norm = torch.linalg.vector_norm(x)
+    out = [("mean", x.sum(), numbers), ("square", norm, math.sqrt(numbers)),
+           ("near_zero", (size <= norm * (NEAR / math.sqrt(numbers))).sum(), numbers)]
+    if ends: out.append(("saturated", (size >= ends[1] if ends[0] == -ends[1] else (x <= ends[0]) | (x >= ends[1])).sum(), numbers))
     if activation and x.shape[1] > 1:
-        score = size.mean((0, 2))
-        out["utilisation"] = (score > DORMANT * score.mean()).float().mean()
+        score = size.sum((0, 2))
+        out.append(("utilisation", (score > score.mean() * DORMANT).sum(), x.shape[1]))
     return out
+
+def divided(
+    name: str,
+    value: float,  # as it came from the device
+    divisor: float,
+) -> float:
+    """The quantity itself; `square` is the mean of the squares, from their root."""
+    return (value / divisor) ** 2 if name == "square" else value / divisor
 
 # %% ../../nbs/diagnose/34b_activations.ipynb #7d3989fd
 CALLED = 16  # times that one layer is measured in a step
@@ -117,8 +126,7 @@ class Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        kind = CALLS.get(func)
-        if kind is not None: self.outputs.call(kind, result)
+        if func in CALLS: self.outputs.call(CALLS[func], result)
         return result
 
 # %% ../../nbs/diagnose/34b_activations.ipynb #60c68792
@@ -130,7 +138,7 @@ class Measured:
 
     def forget(self) -> None:
         """Begins anew."""
-        self.found: list[tuple[int, str, Tensor]] = []  # layer, quantity, scalar
+        self.found: list[tuple[int, str, Tensor, float]] = []  # layer, quantity, scalar, divisor
         self.active: dict[int, Tensor] = {}  # by layer: (units,) whether they were active
         self.order: dict[int, int] = {}  # by layer: when it was first used
         self.calls: dict[tuple[int, bool], int] = {}
@@ -161,8 +169,11 @@ class Measured:
               called: bool = False) -> None:
         self.calls[k, called] = count = self.calls.get((k, called), 0) + 1
         if count > CALLED: return
+        with torch._C.DisableTorchFunction(): self._measure(k, x, quiet, ends, activation, called)  # what follows is not the model's
+
+    def _measure(self, k: int, x: Tensor, quiet: float | None, ends: tuple[float, float] | None, activation: bool, called: bool) -> None:
         told = measure(some_of(x, SOME, self.unit), ends, activation)
-        self.found += [(k, name, value) for name, value in told.items() if not called or name in ("saturated", "utilisation")]
+        self.found += [(k, name, value, n) for name, value, n in told if not called or name in ("saturated", "utilisation")]
         if quiet is None: return
         active, before = some_of(x, MANY, self.unit).abs().amax((0, 2)) > quiet, self.active.get(k)
         self.active[k] = active if before is None or before.shape != active.shape else before | active
@@ -210,6 +221,6 @@ class Outputs(Measured):
         """What was measured, by layer and quantity, read from the device: for looking once."""
         names = [layer.name for layer, _ in self.layers]
         out: dict[str, dict[str, float]] = {names[k]: {} for k in sorted(self.order, key=lambda k: self.order[k])}
-        for k, name, value in self.found: out[names[k]][name] = round(float(value), 4)
+        for k, name, value, n in self.found: out[names[k]][name] = round(divided(name, float(value), n), 4)
         for k, active in self.active.items(): out[names[k]]["dead"] = 1 - float(active.float().mean())
         return out

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .activations import RECTIFIERS, Outputs, layers_of
+from .activations import ACTIVATIONS, Outputs, divided, layers_of
 from .samples import Layer, noise_pieces
 from ..engine.recording import Pending
 
@@ -37,7 +37,7 @@ class Plan:
         self.own = [[at[id(p)] for p in m._parameters.values() if p is not None and id(p) in at] for _, m in self.layers]
         self.trained = list(trained)
         self.places = [at.get(id(p)) for p in trained]  # of what the optimizer trains, among the parameters; None: not the model's
-        self.told_after: set[int] = set()  # layers after which an activation tells which units are alive
+        self.told_after: set[int] = set()  # layers whose activation is a module, which tells what there is to tell
         self.units = {at[id(m.weight)]: k for k, (_, m) in enumerate(self.layers)  # rows of these weights are units
                       if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)) and not getattr(m, "transposed", False) and id(m.weight) in at}
         self.order = list(range(len(self.layers)))  # of the layers, as they are used
@@ -49,7 +49,7 @@ class Plan:
         self.order = sorted(range(len(self.layers)), key=lambda k: (place[k], k))
         line = sorted(used, key=lambda k: used[k])
         plain = [k for k in line if not isinstance(self.layers[k][1], NORMS)]
-        self.told_after = {a for a, b in zip(plain, plain[1:]) if type(self.layers[b][1]) in RECTIFIERS}
+        self.told_after = {a for a, b in zip(plain, plain[1:]) if isinstance(self.layers[b][1], ACTIVATIONS)}
 
     @property
     def described(self) -> list[Layer]: return [self.layers[k][0] for k in self.order]
@@ -205,7 +205,7 @@ class Look(Listening):
             dead = (window or Window()).dead(self.grown | self.outputs.active)
             if dead: self.put("dead", dead, torch.stack([*dead.values()]))
             found = self.outputs.found
-            if found: self.put("outputs", [(k, name) for k, name, _ in found], torch.stack([v.float() for _, _, v in found]))
+            if found: self.put("outputs", [(k, name, n) for k, name, _, n in found], torch.stack([v.float() for _, _, v, _ in found]))
         self.outputs.found, self.pending = [], Pending()
         self.keys = [(name, owners, values.numel()) for name, owners, values in self.blocks]
         if self.blocks: self.pending.add(0, 0, torch.cat([values for _, _, values in self.blocks]))
@@ -237,7 +237,7 @@ class Look(Listening):
             name: {k: float(v) for owners, values in blocks[name] for k, v in zip(owners, values)}
             for name in ("gradient", "weight", "update", "nonfinite") if name in blocks}
         for owners, values in blocks.get("outputs", ()):
-            for (k, name), v in zip(owners, values.tolist()): outputs.setdefault(name, {}).setdefault(k, []).append(v)
+            for (k, name, n), v in zip(owners, values.tolist()): outputs.setdefault(name, {}).setdefault(k, []).append(divided(name, v, n))
         for owners, values in blocks.get("dead", ()): outputs["dead"] = {k: [v] for k, v in zip(owners, values.tolist())}
         return {name: v[self.plan.order] for name, v in translate(self.plan, found, outputs).items()}
 

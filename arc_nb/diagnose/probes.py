@@ -33,10 +33,17 @@ FREE = 0.02  # seconds that are not asked about
 
 class Governor:
     """Decides which steps are looked at, and keeps the account."""
-    def __init__(self, share: float = 0.03, layers: int = 1):
-        self.share, self.dense = share, min(PER_E, max(8, 16384 // max(1, layers)))  # of very many layers fewer samples
+    def __init__(
+        self,
+        share: float = 0.03,  # of the time
+        layers: int = 1,  # of very many fewer samples are kept
+        start: int = 0,  # the step at which this fit begins
+        steps: int | None = None,  # that it will make, where that is known
+    ):
+        self.share, self.dense, self.start, self.steps = share, min(PER_E, max(8, 16384 // max(1, layers))), start, steps
         self.spent = self.cost = 0.0  # seconds: in all, and expected of a sample
-        self.began, self.last, self.samples = perf_counter(), 0, 0
+        self.began, self.last, self.samples = perf_counter(), start, 0
+        self.recent: deque[float] = deque(maxlen=5)
 
     @property
     def elapsed(self) -> float:
@@ -47,12 +54,22 @@ class Governor:
         """Whether to look at this step, counted from 1."""
         if not self.samples: return True
         if step - self.last < max(1, step / self.dense): return False
-        return self.spent + self.cost <= self.share * self.elapsed + FREE
+        if self.spent + self.cost > self.share * self.elapsed + FREE: return False
+        return step - self.last >= (step - self.start) / self.affordable(step)
+
+    def affordable(self, step: int) -> float:
+        """Samples while the steps of this fit grow by a factor of e, so that they reach to its end."""
+        done = step - self.start - 1
+        if not self.steps or done < 1: return self.dense
+        time_left = self.elapsed * max(1.0, self.steps / done - 1)
+        samples = (FREE + self.share * (self.elapsed + time_left)) / max(self.cost, 1e-6)
+        return max(1.0, samples / (1 + math.log(max(1.0, self.steps / max(1.0, samples / 4)))))
 
     def paid(self, step: int, seconds: float) -> None:
         """The sample of a step has cost so much."""
         self.last = step
-        self.cost = seconds if self.samples < 2 else 0.7 * self.cost + 0.3 * seconds  # the first is dearer than those that follow
+        self.recent.append(seconds)
+        self.cost = sorted(self.recent)[len(self.recent) // 2]  # the first is dearer than those that follow
         self.samples += 1
         self.spent += seconds
 
@@ -128,16 +145,17 @@ class Sampling(Callback):
     look: Look | None = None  # of the step in progress
     turn = 0  # of the matrices whose rank is computed, from epoch to epoch
 
-    def begin(self, model: nn.Module, compute: Computation, step: Step, layers: Layers) -> None:
-        """Gets ready for the steps of one fit."""
+    def begin(self, model: nn.Module, compute: Computation, step: Step, layers: Layers,
+              planned: tuple[int, int | None] = (0, None)) -> None:
+        """Gets ready for the steps of one fit; `planned`: the step at which it begins, and how many steps it makes."""
         self.compute, self.step, self.layers = compute, step, layers
         self.plan, self.window = Plan(model, step.parameters), Window()
-        self.governor = Governor(self.share, len(self.plan.layers))
+        self.governor = Governor(self.share, len(self.plan.layers), *planned)
         self.pace = Pace(compute.precision.device, isinstance(step, CompiledStep))
         self.sent: list[tuple[int, int, Look]] = []  # step, rows, and a look whose numbers are on their way
         self.hook: Any = None
         self.before = layers.spent, layers.elapsed  # of earlier fits
-        self.used, self.last_spread, self.at = False, -math.inf, 0
+        self.used, self.last_spread, self.at, self.ranked = False, -math.inf, 0, 0
         layers.describe(self.plan.described)
 
     def attach(self, step: int) -> None:
@@ -216,7 +234,9 @@ class Probes(Sampling):
         if known is None or known.path != path: known = Layers.find(trainer.path) or Layers(folder=trainer.path)
         if len(known.steps) and known.steps[-1] > trainer.step: known.rewind(trainer.step)
         self.owner, self.ready = trainer, True
-        self.begin(trainer.model, trainer.setup.compute, trainer.setup.step, known)
+        status = trainer.status
+        planned = status.step, None if status.steps is None else max(1, status.steps - status.step)
+        self.begin(trainer.model, trainer.setup.compute, trainer.setup.step, known, planned)
 
     def on_step_start(self, trainer: Any) -> None:
         if self.look: self.finish(self.at, 0)  # of a step that was not finite
@@ -232,7 +252,7 @@ class Probes(Sampling):
     def on_tick(self, trainer: Any) -> None: self.fetch()
 
     def on_epoch_end(self, trainer: Any) -> None:
-        if "weights" in self.names: self.ranks()
+        if "weights" in self.names and self.at - self.ranked >= self.at / 8: self.ranks()
 
     def on_fit_end(self, trainer: Any) -> None: self.fetch(wait=True)
 
@@ -250,9 +270,9 @@ class Probes(Sampling):
                 and 1 < min(w.flatten(1).shape) <= LARGEST and not isinstance(self.plan.layers[k][1], (*NORMS, nn.Embedding))]
         start = self.turn % len(todo) if todo else 0
         for k in todo[start:] + todo[:start]:
-            if governor.spent + perf_counter() - began > governor.share * governor.elapsed + FREE: break
+            if governor.spent + perf_counter() - began > governor.share * governor.elapsed: break
             found[k] = rank_of(self.plan.layers[k][1].weight)  # type: ignore[arg-type]
-        self.turn += len(found)
+        self.turn, self.ranked = self.turn + len(found), self.at if found else self.ranked
         governor.spent += perf_counter() - began
         steps = self.layers.steps
         at = max(self.at if not len(steps) else int(steps[-1]), self.sent[-1][0] if self.sent else 0)
