@@ -28,8 +28,8 @@ EXPLAINS = {  # cause -> what it brings about; in order
     "saturation": ("not-learning", "underfitting", "plateau", "lr-too-low", "overfitting"),
     "dead-units": ("not-learning", "underfitting", "plateau", "lr-too-low", "unused-parameters"),
     "lr-too-low": ("not-learning", "underfitting", "plateau"),
-    "not-learning": ("overfitting", "underfitting", "plateau", "noisy-validation"),
-    "overfitting": ("plateau",), "underfitting": (), "plateau": ("underfitting",)}
+    "plateau": ("not-learning",),  # where a schedule brought it about
+    "not-learning": ("overfitting", "underfitting", "noisy-validation"), "overfitting": ("noisy-validation",)}
 
 def explain(found: list[Finding]) -> list[Finding]:
     """Writes the cause of each finding into it, and makes causes as severe as what they bring about."""
@@ -43,7 +43,7 @@ def explain(found: list[Finding]) -> list[Finding]:
 # %% ../../nbs/diagnose/37e_findings.ipynb #ecc9e73d
 def _lr(times: float):
     def make(seen: Evidence, act: Callable[[float], object], finding: Finding) -> bool:
-        lr = float(seen.about.get("lr") or 0) * times
+        lr = seen.lr * times
         if not lr > 0: return False
         finding.remedy, finding.action = f"sets the learning rate to {rate(lr)}", lambda: act(lr)
         return True

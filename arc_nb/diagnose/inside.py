@@ -163,7 +163,9 @@ def overlap(seen: Evidence) -> Finding | None:
     """Validation rows that are training rows too."""
     share = getattr(seen.facts, "overlap", None) or 0.0
     if share < SHARED[0]: return None
-    return Finding("overlap", "severe" if share >= SHARED[1] else "warning", {"share": share, "rows": getattr(seen.facts, "overlap_rows", 0) or 0},
+    alike = getattr(seen.facts, "repeated", 0.0)  # rows that repeat by nature, as in tables of few values, are in both splits by chance
+    severity = "info" if alike > share / 2 else "severe" if share >= SHARED[1] else "warning"
+    return Finding("overlap", severity, {"share": share, "rows": getattr(seen.facts, "overlap_rows", 0) or 0, "repeated_in_train": alike},
                    f"{share:.0%} of the validation rows are training rows too: the validation loss is better than it would be on new data.",
                    ["Drop duplicates before splitting; keep rows that belong together (a patient, a day) on one side.",
                     "valid=0.2 splits by itself, without an overlap where rows are distinct."], picture=losses(seen))

@@ -71,9 +71,9 @@ class Course:
 
     @property
     def noise(self) -> float:
-        """The standard deviation of one value around its course, in the last two thirds: from neighbours (von Neumann 1941)."""
-        differences = np.diff(self.values[len(self) // 3:])
-        return float(np.sqrt(np.mean(differences ** 2) / 2)) if len(differences) > 1 else math.nan
+        """The standard deviation of one value around its course, in the last two thirds: from second differences, by their median."""
+        bends = np.abs(np.diff(self.values[len(self) // 3 if len(self) > 8 else 0:], 2))
+        return float(np.median(bends) / 0.6745 / math.sqrt(6)) if len(bends) else math.nan
 
     def trend(self, share: float = 0.5) -> Trend:
         """The straight line through the last `share` of the values."""
@@ -145,10 +145,25 @@ class Evidence:
         """Whether something was not finite."""
         return bool(self.train.lost or self.norm.lost or getattr(self.status, "cause", ""))
 
+    @property
+    def lr(self) -> float:
+        """The highest learning rate of the run: at its end a schedule may have taken it to zero."""
+        rates = course(self.history, "train", "lr")
+        return float(rates.values.max()) if len(rates) else float(self.about.get("lr") or math.nan)
+
+    @property
+    def progress(self) -> float:
+        """The share of the planned steps that was made; 1 for a run that has ended, NaN where nobody knows the end."""
+        if not self.status.alive: return 1.0
+        return self.status.step / self.status.steps if self.status.steps else math.nan
+
     def falling(self) -> bool:
-        """Whether the last third of the training loss still falls: by 2.5 standard errors, and by a twentieth of what was gained."""
+        """Whether the last third of the training loss still falls, by 2.5 standard errors, or the last validation is the best yet: by a twentieth
+        of what was gained."""
         change, error = self.train.trend(1 / 3)
-        return change < -2.5 * error and -change > 0.05 * abs(self.gain)
+        last = self.valid.values
+        better = len(last) > 1 and last[-1] <= last.min() and last[-2] - last[-1] > max(0.05 * (self.base - last[-1]), 3 * np.nan_to_num(self.valid.noise))
+        return (change < -2.5 * error and -change > 0.05 * abs(self.gain)) or bool(better)
 
 # %% ../../nbs/diagnose/37_signs.ipynb #4d4d1bc3
 def measured(
@@ -184,13 +199,13 @@ def update_ratio(
 def path(
     seen: Evidence,
 ) -> float:
-    """How many times their own length the weights travelled in all, step by step; NaN where no updates were measured."""
+    """How many times their own length the weights travel in all the planned steps; NaN where no updates were measured."""
     ratio = update_ratio(seen)
     fine = np.isfinite(ratio)
     if not fine.any(): return math.nan
     steps = np.asarray(seen.layers.steps, float)[fine]
     between = np.arange(1, max(int(seen.status.step), int(steps[-1])) + 1)
-    return float(np.interp(between, steps, ratio[fine]).sum())
+    return float(np.interp(between, steps, ratio[fine]).sum() / min(1.0, np.nan_to_num(seen.progress, nan=1.0) or 1.0))
 
 def relative_gradient(
     seen: Evidence,
