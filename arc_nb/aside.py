@@ -44,11 +44,14 @@ class Aside(Training):
         put_model(self.model, self.setup.given["loss"], state)
         put_training(self.setup, state)
 
+    def _check_idle(self) -> None:
+        if self._thread: raise RuntimeError("this Trainer is training: stop() it first")
+
     @contextmanager
     def untouched(self) -> Iterator[dict[str, Any]]:
         """Inside it anything may be trained and drawn; afterwards all is as it was. Gives the state that is kept. RuntimeError while this
         Trainer trains, ValueError for data that can be read only once; it needs host memory for a copy of weights and optimizer."""
-        if self._thread: raise RuntimeError("this Trainer is training: stop() it first")
+        self._check_idle()
         model, compute = self.model, self.setup.compute
         state, grads, extras = copied(self._moving()), [(p, p.grad) for p in model.parameters()], compute.extras
         with apart(self.setup.train, self.setup.valid), keeping_modes(model), seeded(keyed_seed(self.setup.given["seed"], self.step)):

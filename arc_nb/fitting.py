@@ -11,6 +11,7 @@ __all__ = ['NO_PLAN', 'PAUSE', 'Resuming', 'Preparing', 'make_probes', 'last_lin
 import asyncio
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -135,6 +136,7 @@ def make_probes(
     if watch is False or watch is None: return None
     from arc_nb.diagnose.probes import Probes
     if isinstance(watch, Probes): return watch
+    if not isinstance(watch, (bool, str, Iterable)): raise TypeError(f"watch={watch!r} has to be True, names, or Probes")
     return Probes(*([] if watch is True else [watch] if isinstance(watch, str) else watch))
 
 # %% ../nbs/40e_fitting.ipynb #a34b532f

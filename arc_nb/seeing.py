@@ -170,6 +170,7 @@ class Seeing(Knowing):
     def checkup(self) -> "Checkup":
         """Runs the debugging checklist before training: a batch is shown, one is overfitted, gradients, scales, labels, rates, memory.
         Afterwards the trainer is as it was. RuntimeError while it trains, ValueError for data that can be read only once."""
+        self._check_idle()
         from arc_nb.diagnose.checkup import checkup
         facts, setup = self.facts, self.setup
         with signals_stop(self.controls), self.untouched() as state:

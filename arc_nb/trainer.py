@@ -155,7 +155,9 @@ class Keeping(Using):
         build: Callable[..., Self] = cls  # the Trainer, with the signature below
         trainer = build(model, **{"run": False, **settings_})
         try: model.load_state_dict(weights)
-        except RuntimeError as error: raise ValueError(f"{path} holds the weights of another model: {error}") from error
+        except RuntimeError as error:
+            scaled = " (it has a layer that scales the inputs: wrap the model in engine.scaling.Standardised)" if "scaling.spread" in weights else ""
+            raise ValueError(f"{path} holds the weights of another model{scaled}: {error}") from error
         return trainer
 
 # %% ../nbs/41_trainer.ipynb #016b669d
