@@ -75,12 +75,13 @@ class Samples:
 
     def put(self, step: int, values: Mapping[str, Any]) -> None:
         """Adds the values of a step: by quantity, one a layer; ValueError for another number of them."""
-        row = self.rows.setdefault(int(step), {})
+        row = {}
         for name, some in values.items():
             found = np.array([math.nan if v is None else v for v in some], np.float64)
             if found.shape != (len(self.layers),):
                 raise ValueError(f"{check_quantity(name)} has {len(found)} values for {len(self.layers)} layers")
             row[name] = found
+        self.rows.setdefault(int(step), {}).update(row)
 
     def values(self, name: str) -> np.ndarray:
         """All values of a quantity, (n, layers) float64, a row a step; NaN where nothing was measured."""
