@@ -227,7 +227,7 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path) ->
     whole.fit(epochs=4, watch=Probes(share=1.0))
 
     first = trainer(wide(), classes(), run=tmp_path / "run", callbacks=[Checkpoints(every=4, keep_last=5)])
-    first.fit(epochs=3, plan=4, watch=Probes(share=1.0))
+    first.fit(epochs=3, watch=Probes(share=1.0))
     assert first.layers.steps.max() == 12
     again = trainer(wide(), classes(), run=tmp_path / "run", callbacks=[Checkpoints(every=4, keep_last=5)])
     again.fit(epochs=4, resume=tmp_path / "run" / "checkpoints" / "step-00000008", watch=Probes(share=1.0))
