@@ -1,12 +1,12 @@
 // The live board of arc_nb: one anywidget. It draws what `arc_nb/watch/widget.py` puts into three traits and sends what is clicked.
-//   board: JSON text, see `layout` in that chapter     data: float32 x and y of the run's lines, then of the cards     past: of the earlier runs
+//   board: JSON text, see `layout` in that chapter     data: float32 x and y of the run's lines, then of the cards     past: of the earlier runs     maps: of the layers' heat maps
 import uPlot from "uplot";
 import uplotCss from "uplot/dist/uPlot.min.css";
 import css from "./board.css";
 
 const FONT = '11px system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif';
 const INKS = { training: "ok", validating: "train", paused: "warn", completed: "ok", stopped: "warn", interrupted: "warn", terminated: "warn", failed: "bad" };
-const EMPTY = { title: "", run: "", state: "starting", progress: 0, facts: [], lines: [], past: [], cards: [], epochs: [], bad: [], span: 1, log: true, lr: "", live: false, message: "" };
+const EMPTY = { title: "", run: "", state: "starting", progress: 0, facts: [], lines: [], past: [], cards: [], heats: [], epochs: [], bad: [], span: 1, log: true, lr: "", live: false, message: "" };
 
 // ---------------------------------------------------------------- numbers and ticks, as in draw/svg.py
 const trim = (text) => (text.includes(".") ? text.replace(/0+$/, "").replace(/\.$/, "") : text);
@@ -278,6 +278,103 @@ function cards(box, list, span) {
   });
 }
 
+// ---------------------------------------------------------------- the layers
+const ROW = 13;  // pixels
+
+class Maps {  // heat maps of the same layers, side by side; below each other where there is no room
+  constructor(root) {
+    this.root = root; this.key = ""; this.list = []; this.maps = [];
+    this.names = make("div", "names", root); this.box = make("div", "maps", root);
+    this.resize = new ResizeObserver(() => this.paint());
+    this.resize.observe(this.box);
+  }
+  draw(list) {
+    this.list = list; this.root.hidden = !list.length;
+    if (!list.length) return;
+    const key = JSON.stringify(list.map((map) => [map.title, map.unit, map.rows, map.left]));
+    if (key !== this.key) { this.key = key; this.build(); }
+    list.forEach((map, i) => this.legend(map, this.maps[i]));
+    this.paint();
+  }
+  build() {
+    const named = (parent, rows, left) => {
+      parent.replaceChildren(...rows.map((row) => { const node = make("span", "", null, row); node.title = row; return node; }));
+      if (left) make("span", "left", parent, `${left} left out`);
+    };
+    const { rows, left } = this.list[0];
+    named(this.names, rows, left);
+    this.box.replaceChildren();
+    this.maps = this.list.map((map) => {
+      const node = make("figure", "map", this.box), head = make("figcaption", "", node);
+      make("b", "", head, map.title); make("span", "", head, map.unit);
+      const key = make("span", "key", head), body = make("div", "body", node);
+      named(make("div", "names own", body), rows, left);
+      const canvas = make("canvas", "", body), axis = make("div", "axis", node), tip = make("div", "tip", body);
+      canvas.setAttribute("role", "img"); canvas.height = 1;
+      tip.hidden = true;
+      const parts = { node, key, canvas, axis, tip };
+      canvas.onpointermove = (event) => this.readout(event, parts);
+      canvas.onpointerleave = () => { tip.hidden = true; };
+      return parts;
+    });
+  }
+  legend(map, { key, axis, canvas }) {
+    const told = JSON.stringify([map.key, map.start, map.end]);
+    if (key.dataset.told === told) return;
+    key.dataset.told = told;
+    const [lo, shades, hi] = map.key;
+    key.replaceChildren(lo, ...shades.map(([role, dense]) => { const node = make("i"); node.style.setProperty("--ink", ink(role)); node.style.opacity = dense; return node; }), hi);
+    axis.replaceChildren(...ticks(map.start, map.end, 3).map((at, i, all) => {
+      const node = make("span", "", null, tick(at, all)), part = (at - map.start) / (map.end - map.start);
+      node.style.left = `${100 * part}%`; node.style.transform = `translateX(${part < 0.04 ? 0 : part > 0.93 ? -100 : -50}%)`;
+      return node;
+    }));
+    canvas.setAttribute("aria-label", `${map.title} of ${map.rows.length} layers, to step ${Math.round(map.end)}`);
+  }
+  paint() {
+    const style = getComputedStyle(this.root), px = window.devicePixelRatio || 1;
+    this.list.forEach((map, i) => {
+      const { canvas } = this.maps[i] || {}, rows = map.rows.length, wide = canvas && canvas.clientWidth;
+      if (!wide) return;
+      const high = rows * ROW, ctx = canvas.getContext("2d");
+      canvas.style.height = `${high}px`;
+      canvas.width = Math.round(wide * px); canvas.height = Math.round(high * px);
+      ctx.scale(px, px);
+      const step = wide / map.columns, gap = step > 4 ? 0.8 : 0;
+      for (let row = 0; row < rows; row++) for (let column = 0; column < map.columns; column++) {
+        const shade = map.shades[map.codes[row * map.columns + column] - 1];
+        if (!shade) continue;
+        ctx.fillStyle = style.getPropertyValue(`--${shade[0]}`).trim(); ctx.globalAlpha = shade[1];
+        ctx.fillRect(column * step, row * ROW + 0.7, step - gap, ROW - 1.4);
+      }
+      ctx.globalAlpha = 1;
+    });
+  }
+  readout(event, { canvas, tip }) {
+    const i = this.maps.findIndex((parts) => parts.canvas === canvas), map = this.list[i];
+    if (!map) return;
+    const column = Math.min(map.columns - 1, Math.max(0, Math.floor((event.offsetX / canvas.clientWidth) * map.columns)));
+    const row = Math.min(map.rows.length - 1, Math.max(0, Math.floor(event.offsetY / ROW))), value = map.values[row * map.columns + column];
+    if (!map.codes[row * map.columns + column]) { tip.hidden = true; return; }
+    const at = map.start + ((column + 1) / map.columns) * (map.end - map.start);
+    const said = map.scale === "share" ? `${(100 * value).toFixed(1)} %` : value === Infinity ? "not finite" : number(value);
+    tip.replaceChildren(make("div", "at", null, `${map.rows[row]} · to step ${Math.round(at).toLocaleString("en-US")}`), make("b", "", null, said));
+    tip.hidden = false;
+    const left = canvas.offsetLeft + event.offsetX, over = event.offsetX > canvas.clientWidth / 2;
+    tip.style.top = `${row * ROW + ROW + 4}px`; tip.style.left = `${over ? left - tip.offsetWidth - 8 : left + 8}px`;
+  }
+  destroy() { this.resize.disconnect(); }
+}
+
+function unmap(list, numbers) {  // [{rows, columns, ..}] -> the same with values and the numbers of their shades
+  let at = 0;
+  for (const map of list) {
+    const n = map.rows.length * map.columns;
+    map.values = numbers.subarray(at, at + n); map.codes = numbers.subarray(at + n, at + 2 * n);
+    at += 2 * n;
+  }
+}
+
 // ---------------------------------------------------------------- the board
 function render({ model, el }) {
   const root = make("div", "arc-board", el);
@@ -318,7 +415,7 @@ function render({ model, el }) {
   make("b", "", head, "Loss");
   const log = make("button", "log", head, "log"), legend = make("span", "legend", head), box = make("div", "chart", section);
   log.type = "button"; log.setAttribute("aria-label", "logarithmic axis");
-  const quiet = make("div", "quiet", box, "waiting for the first step"), tip = make("div", "tip", box), aside = make("aside", "", main), note = make("div", "note", root);
+  const quiet = make("div", "quiet", box, "waiting for the first step"), tip = make("div", "tip", box), aside = make("aside", "", main), maps = new Maps(make("div", "layers", root)), note = make("div", "note", root);
   tip.hidden = true;
   const chart = new Chart(box, tip);
   chart.log = model.get("log");
@@ -329,6 +426,7 @@ function render({ model, el }) {
     if (root.dataset.theme === wish) return;
     root.dataset.theme = wish;
     if (chart.plot) { chart.key = ""; chart.draw(); }
+    maps.paint();
   };
   const watcher = new MutationObserver(theme), system = matchMedia("(prefers-color-scheme: dark)");
   watcher.observe(document.body, { attributes: true }); watcher.observe(document.documentElement, { attributes: true, attributeFilter: ["theme"] });
@@ -364,7 +462,7 @@ function render({ model, el }) {
     names();
     quiet.hidden = view.lines.some((line) => line.n); quiet.style.display = quiet.hidden ? "none" : "";
     cards(aside, view.cards, view.span); put(note, view.message);
-    chart.draw(view);
+    chart.draw(view); maps.draw(view.heats);
     root.dataset.step = String(view.step || 0); root.dataset.points = String(view.points || 0); root.dataset.state = view.state;
   }
 
@@ -375,16 +473,17 @@ function render({ model, el }) {
     if (!text) return;
     const next = { ...EMPTY, ...JSON.parse(text) }, data = floats(model.get("data"));
     unpack(next.cards, data, unpack(next.lines, data, 0)); unpack(next.past, floats(model.get("past")), 0);
+    unmap(next.heats, floats(model.get("maps")));
     view = next;
     if (root.dataset.wish !== String(view.theme)) { root.dataset.wish = String(view.theme); theme(); }
     update();
   };
   const soon = () => { if (!frame) frame = requestAnimationFrame(read); };
-  for (const name of ["board", "data", "past"]) model.on(`change:${name}`, soon);
+  for (const name of ["board", "data", "past", "maps"]) model.on(`change:${name}`, soon);
   theme(); read();
   return () => {
-    for (const name of ["board", "data", "past"]) model.off(`change:${name}`, soon);
-    cancelAnimationFrame(frame); watcher.disconnect(); system.removeEventListener("change", theme); chart.destroy();
+    for (const name of ["board", "data", "past", "maps"]) model.off(`change:${name}`, soon);
+    cancelAnimationFrame(frame); watcher.disconnect(); system.removeEventListener("change", theme); chart.destroy(); maps.destroy();
   };
 }
 

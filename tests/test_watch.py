@@ -1,7 +1,9 @@
 """Watching a run's layers: nothing of the training changes, whatever the step is; what was put on comes off; what is kept stays bounded."""
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 import warnings
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from small import On, classes, trainer, weights
+from test_browser import BOARD, CHROMIUM, FLAGS, PICTURE, Page, jupyter, notebook
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,6 +21,7 @@ from arc_nb import Trainer
 from arc_nb.diagnose.layers import Layer, Layers
 from arc_nb.diagnose.probes import Probes, look
 from arc_nb.engine.keeping import Checkpoints
+from arc_nb.watch.widget import BUNDLE
 
 
 class Wide(nn.Module):
@@ -258,3 +262,52 @@ def test_one_look_leaves_no_trace() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, t.model.state_dict().values())) and bare(t)
     assert layers.steps.tolist() == [1] and {"gradient", "dead", "weight"} <= set(layers.quantities) and "update" not in layers.quantities
     assert all(p.grad is None for p in t.model.parameters())
+
+
+LIVE = """\
+import torch
+from torch import nn
+from arc_nb import Trainer
+torch.set_num_threads(1); torch.manual_seed(0)
+X = torch.randn(4096, 20, generator=torch.Generator().manual_seed(0))
+y = (X[:, :3].sum(1) > 0).long()
+model = nn.Sequential(*[m for i in range(9) for m in (nn.Linear(20, 20), nn.ReLU())], nn.Linear(20, 2))
+with torch.no_grad(): model[6].bias[:10] = -10
+t = Trainer(model, (X, y), (X[:512], y[:512]), loss="cross_entropy", metrics=["accuracy"], optimizer="sgd", lr=.1, run="runs/layers")
+t.fit(epochs=400, watch=True);"""
+MAPS = "() => [...document.querySelectorAll('.arc-board .map canvas')].map(c => {" \
+       " const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; let n = 0;" \
+       " for (let i = 3; i < d.length; i += 4) n += d[i] > 0; return n / (d.length / 4) })"
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not (Path(CHROMIUM).exists() and BUNDLE.exists()), reason="no browser, or the board's bundle has not been built")
+@pytest.mark.parametrize("width", [1240, 640])
+def test_the_board_shows_the_layers(tmp_path: Path, width: int) -> None:
+    from playwright.sync_api import sync_playwright
+    out = Path(os.environ.get("BROWSER_OUT") or tempfile.mkdtemp(prefix="arc-browser-"))
+    notebook(tmp_path, "layers.ipynb", [LIVE])
+    with jupyter(tmp_path) as base, sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+        p = Page(chromium, base, width=width, height=1000)
+        p.open("layers.ipynb")
+        p.command("notebook:run-all-cells")
+        p.points(300)
+        p.until("() => document.querySelectorAll('.arc-board .map').length === 3")
+        p.until(f"() => ({MAPS})().every(share => share > .3)")
+        p.page.locator(BOARD).scroll_into_view_if_needed()
+        canvas = p.page.locator(".arc-board .map canvas").nth(2)
+        canvas.hover(position={"x": 8, "y": 13 * 3 + 6})
+        told = p.page.locator(".arc-board .map .tip:not([hidden])").inner_text()
+        assert "6 · to step" in told and "%" in told, told
+        p.shot(out / f"layers-{width}.png")
+        inside = p.page.evaluate("() => { const r = document.querySelector('.arc-board'); return [r.scrollWidth, r.clientWidth] }")
+        assert inside[0] <= inside[1]
+        p.theme("JupyterLab Dark")
+        p.shot(out / f"layers-{width}-dark.png")
+        p.command("notebook:interrupt-kernel")
+        p.done(0)
+        p.page.wait_for_selector(PICTURE, timeout=60_000)
+        p.shot(out / f"layers-{width}-end.png", whole=True)
+        assert not p.errors, p.errors
+        chromium.close()

@@ -41,7 +41,7 @@ class Governor:
         steps: int | None = None,  # that it will make, where that is known
     ):
         self.share, self.dense, self.start, self.steps = share, min(PER_E, max(8, 16384 // max(1, layers))), start, steps
-        self.spent = self.cost = 0.0  # seconds: in all, and expected of a sample
+        self.spent = self.cost = self.counted = 0.0  # seconds: in all, expected of a sample, and what the rule counts
         self.began, self.last, self.samples = perf_counter(), start, 0
         self.recent: deque[float] = deque(maxlen=5)
 
@@ -54,7 +54,7 @@ class Governor:
         """Whether to look at this step, counted from 1."""
         if not self.samples: return True
         if step - self.last < max(1, step / self.dense): return False
-        if self.spent + self.cost > self.share * self.elapsed + FREE: return False
+        if self.counted + self.cost > self.share * self.elapsed + FREE: return False
         return step - self.last >= (step - self.start) / self.affordable(step)
 
     def affordable(self, step: int) -> float:
@@ -71,11 +71,16 @@ class Governor:
         self.recent.append(seconds)
         self.cost = sorted(self.recent)[len(self.recent) // 2]  # the first is dearer than those that follow
         self.samples += 1
+        self.pay(seconds, most=3 * self.cost if self.samples > 1 else FREE / 2)
+
+    def pay(self, seconds: float, most: float = math.inf) -> None:
+        """Time has been spent; of what others on the machine have made slow, or happens once, the rule counts no more than `most`."""
         self.spent += seconds
+        self.counted += min(seconds, most)
 
     def correct(self, seconds: float) -> None:
         """A sample has in truth taken so much, not what it paid."""
-        if seconds > self.cost: self.spent += seconds - self.cost; self.cost = seconds
+        if seconds > self.cost: self.pay(seconds - self.cost); self.cost = seconds
 
 # %% ../../nbs/diagnose/35_probes.ipynb #c1df0abc
 class Pace:
@@ -196,7 +201,7 @@ class Sampling(Callback):
 
     def fetch(self, wait: bool = False) -> None:
         """Moves what has arrived into the layers, and writes it."""
-        began, governor = perf_counter(), self.governor
+        began, governor, arrived = perf_counter(), self.governor, len(self.sent)
         for extra in self.pace.extra(): governor.correct(extra)
         while self.sent and self.sent[0][2].fetch(wait):
             step, rows, look = self.sent.pop(0)
@@ -204,7 +209,7 @@ class Sampling(Callback):
             values = look.values()
             if values: self.layers.add(step, values, look.pieces(rows), look.spreads())
         self.layers.flush()
-        governor.spent += perf_counter() - began
+        governor.pay(perf_counter() - began, most=3 * governor.cost * max(1, arrived))
 
 # %% ../../nbs/diagnose/35_probes.ipynb #04a0faf3
 def check_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -270,10 +275,10 @@ class Probes(Sampling):
                 and 1 < min(w.flatten(1).shape) <= LARGEST and not isinstance(self.plan.layers[k][1], (*NORMS, nn.Embedding))]
         start = self.turn % len(todo) if todo else 0
         for k in todo[start:] + todo[:start]:
-            if governor.spent + perf_counter() - began > governor.share * governor.elapsed: break
+            if governor.counted + perf_counter() - began > governor.share * governor.elapsed: break
             found[k] = rank_of(self.plan.layers[k][1].weight)  # type: ignore[arg-type]
         self.turn, self.ranked = self.turn + len(found), self.at if found else self.ranked
-        governor.spent += perf_counter() - began
+        governor.pay(perf_counter() - began)
         steps = self.layers.steps
         at = max(self.at if not len(steps) else int(steps[-1]), self.sent[-1][0] if self.sent else 0)
         if found: self.fetch(wait=True); self.layers.add(at, {"rank": [found.get(k, math.nan) for k in self.plan.order]})

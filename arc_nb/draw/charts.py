@@ -11,8 +11,9 @@ __all__ = ['template', 'series', 'loss_traces', 'log_button', 'history', 'schedu
 from typing import TYPE_CHECKING, Any
 import numpy as np
 from .curves import Thinned
+from .heat import Heat, coded, panel_height
 from .still import BoardView
-from .svg import FONT, THEMES, Line, can_log
+from .svg import FONT, THEMES, Line, can_log, cut
 
 # %% ../../nbs/draw/23_charts.ipynb #c532e67a
 if TYPE_CHECKING: import pandas as pd
@@ -109,8 +110,11 @@ def png(view: BoardView,       # what is shown
     from io import BytesIO
     from matplotlib.figure import Figure
     c, out = THEMES[theme], BytesIO()
-    figure = Figure(figsize=(8, 3.9), dpi=110, facecolor=c["bg"])
-    axes = figure.add_axes((.075, .13, .64 if view.cards else .9, .60), facecolor=c["bg"])
+    below = panel_height(view.heats) / 100  # inches
+    high = 3.9 + below
+    up = lambda y: (3.9 * y + below) / high  # parts of the board to parts of the picture
+    figure = Figure(figsize=(8, high), dpi=110, facecolor=c["bg"])
+    axes = figure.add_axes((.075, up(.13), .64 if view.cards else .9, up(.73) - up(.13)), facecolor=c["bg"])
     for line in view.lines: _draw(axes, line, c)
     axes.set(xlim=view.span, yscale="log" if view.log and can_log(view.lines) else "linear")
     axes.tick_params(colors=c["faint"], labelsize=8, length=0, which="both")
@@ -120,15 +124,30 @@ def png(view: BoardView,       # what is shown
     axes.set_xlabel("step", color=c["faint"], fontsize=8)
     if any(l.name and l.role != "raw" for l in view.lines):
         axes.legend(frameon=False, fontsize=8, labelcolor=c["faint"], loc="lower right", bbox_to_anchor=(1, 1), ncols=4)
-    say = lambda x, y, text, ink, size, **how: figure.text(x, y, text.replace("$", r"\$"), color=c[ink], fontsize=size, **how)
+    say = lambda x, y, text, ink, size, **how: figure.text(x, up(y), text.replace("$", r"\$"), color=c[ink], fontsize=size, **how)
     say(.03, .93, view.title, "fg", 11, weight="bold")
     say(.97, .93, view.state, "fg", 9, ha="right")
     say(.03, .865, "      ".join(f.replace("**", "") for f in view.facts), "faint", 8.5)
     for i, card in enumerate(view.cards[:6]):
         say(.77, .74 - i * .12, card.title, "faint", 8)
         say(.97, .74 - i * .12, f"{card.value} {card.unit}", "fg", 10, weight="bold", ha="right")
+    for i, one in enumerate(view.heats):
+        wide = .83 / len(view.heats)
+        _cells(figure.add_axes((.14 + i * wide, .25 / high, wide - .02, (below - .68) / high), facecolor=c["bg"]), one, c, named=i == 0)
     figure.savefig(out, format="png", facecolor=c["bg"])
     return out.getvalue()
+
+def _cells(axes: Any, one: Heat, c: dict[str, str], named: bool) -> None:
+    "One heat map: the same shades as in the SVG."
+    shades, codes = coded(one)
+    rgb = lambda role: np.array([int(c[role][i:i + 2], 16) for i in (1, 3, 5)]) / 255
+    table = np.array([rgb("bg"), *(rgb(role) * dense + rgb("bg") * (1 - dense) for role, dense in shades)])
+    axes.imshow(table[codes], aspect="auto", interpolation="nearest", extent=(one.x[0], one.x[-1], len(one.rows), 0))
+    axes.set_title(f"{one.title}  {one.unit}", color=c["fg"], fontsize=8.5, loc="left", weight="bold")
+    axes.set_yticks(np.arange(len(one.rows)) + .5 if named else [], [cut(r, 14) for r in one.rows] if named else [])
+    axes.locator_params("x", nbins=3, prune="upper")
+    axes.tick_params(colors=c["faint"], labelsize=7, length=0)
+    axes.spines[:].set_visible(False)
 
 def _draw(axes: Any, line: Line, c: dict[str, str]) -> None:
     "One line, as its role says."

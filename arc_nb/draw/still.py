@@ -11,6 +11,7 @@ __all__ = ['Card', 'BoardView', 'stressed', 'header', 'fact_line', 'card_column'
 from dataclasses import dataclass, field
 from collections.abc import Sequence
 import numpy as np
+from .heat import Heat, panel, panel_height
 from .svg import STATES, Box, Line, can_log, cut, legend, picture, plot, rich, sparkline, tag, words
 
 # %% ../../nbs/draw/22_still.ipynb #934d5f49
@@ -37,6 +38,7 @@ class BoardView:
     cards: list[Card] = field(default_factory=list)
     log: bool = True
     message: str = ""
+    heats: list[Heat] = field(default_factory=list)                 # of the layers, side by side
 
     @property
     def span(self) -> tuple[float, float]:
@@ -111,11 +113,13 @@ def board(view: BoardView,        # what
     side = 190 if view.cards else 0
     right = width - 18 - (side + 18 if side else 0)
     log = view.log and can_log(view.lines)
-    height = 388 + (40 if view.message else 0)
+    below = round(388 + panel_height(view.heats))
+    height = below + (40 if view.message else 0) + (8 if view.heats else 0)
     head = rich(18, 106, [("Loss", "fg", 600, 0.), ("log" if log else "", "faint", None, 8.)])
     loss = plot(view.lines, Box(62, 122, right - 4, 340), log=log, x_range=view.span, x_label="step", epochs=view.epochs, bad=view.bad,
                 empty="waiting for the first step")
     cards = card_column(view.cards, Box(width - 18 - side, 88, width - 18, 376), view.span)
+    layers = panel(view.heats, Box(18, 384, width - 18, below)) if view.heats else ""
     label = f"{view.title}: {view.state}. " + ". ".join(f.replace("**", "") for f in view.facts)
     return picture(width, height, header(view, width), fact_line(view.facts, 72), head, legend(view.lines, right, 106), loss, cards,
-                   note(view.message, 378, width), theme=theme, label=label)
+                   layers, note(view.message, below - (2 if view.heats else 10), width), theme=theme, label=label)

@@ -15,6 +15,7 @@ import os
 import numpy as np
 from ..draw.curves import Thinned
 from ..draw.still import BoardView, Card
+from ..draw.heat import Heat
 from ..draw.svg import Line, cut, duration, number, rate, share
 from ..engine.history import History
 
@@ -121,6 +122,7 @@ class Look:
                  ):
         self.source, self.log, self.curves = source, log, Curves(source.history)
         self.earlier: list[Line] = []
+        self.maps: tuple[Any, list[Heat]] = None, []  # of the layers, and what they were drawn from
 
     def compare(self,
                 folder: str | Path,  # of an earlier run; FileNotFoundError where there is none
@@ -138,13 +140,25 @@ class Look:
                 Line("valid", *c.points("valid", "loss"), "valid", dots=True)]
         return [l for l in all_ if len(l.x)]
 
+    def heats(self,
+              span: float,  # the right end of the chart
+              ) -> list[Heat]:
+        "Maps of the layers, where they are watched; drawn anew only when there is more to see."
+        layers = getattr(self.source, "layers", None)
+        if layers is None or not len(layers.steps): return []
+        seen = id(layers), len(layers.steps), int(layers.steps[-1]), span
+        if seen != self.maps[0]: self.maps = seen, layers.heats(span=max(span, float(layers.steps[-1])))
+        return self.maps[1]
+
     def view(self) -> BoardView:
         "All there is to see now."
         c, s, source = self.curves.read(), self.source.status, self.source
         loss = c.by_name.get(("train", "loss"))
-        return BoardView(source.name, where(source.folder), s.state, s.step / s.steps if s.steps else None, facts(s, c.best),
+        view = BoardView(source.name, where(source.folder), s.state, s.step / s.steps if s.steps else None, facts(s, c.best),
                          [*self.lines(s.alive), *self.earlier], list(c.ends), loss.marks().tolist() if loss else [],
                          horizon(s.step, s.steps) if s.alive else None, cards(c, s), self.log, s.message)
+        view.heats = self.heats(view.span[1])
+        return view
 
 def horizon(step: int,          # now
             steps: int | None,  # planned in all
