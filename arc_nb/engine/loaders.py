@@ -327,13 +327,14 @@ TOO_FEW = "{what} has {rows} rows, fewer than one batch of {batch_size}, and dro
 def apart(
     *data: Any,  # TensorBatches or LoaderBatches, or None
 ) -> Iterator[None]:
-    """What is read inside, in epochs other than the first, leaves their place and their generators as they were; ValueError for data
-    that can be read only once."""
+    """What is read inside leaves their place and their generators as they were; ValueError for data that can be read only once."""
     readers = [d.reader if isinstance(d, LoaderBatches) else d for d in data if d is not None]
     for reader in readers:
         if isinstance(reader, Replay) and reader.once: raise ValueError(_ASIDE.format(what=reader.what))
     sources = [r.source if isinstance(r, Replay) else r.data if isinstance(r, DatasetReader) else None for r in readers]
     kept = [(r, dict(vars(r)), source, states_of(source)) for r, source in zip(readers, sources)]
+    for reader in readers:
+        if isinstance(reader, Replay): reader.reading = None  # the first batch, already looked at, stays where it is
     try: yield
     finally:
         for reader, attributes, source, states in kept: vars(reader).update(attributes); put_back(source, states)
