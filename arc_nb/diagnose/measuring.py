@@ -12,7 +12,7 @@ __all__ = ['NORMS', 'VALUES', 'NAMES', 'WINDOW', 'Plan', 'norms_of', 'values_of'
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
-from time import perf_counter
+from time import thread_time
 from typing import Any
 
 import numpy as np
@@ -99,19 +99,19 @@ class Listening:
     @torch.no_grad()
     def piece(self, rows: int) -> None:
         """The first of several batches has gone backward."""
-        began, grads = perf_counter(), [values_of(p.grad) for p in self.plan.trained if p.grad is not None]
+        began, grads = thread_time(), [values_of(p.grad) for p in self.plan.trained if p.grad is not None]
         if "gradients" in self.names and grads:
             size = norms_of(grads).square().sum()
             if self.scale: size = size / self.scale(torch.ones((), device=size.device)) ** 2
             self.piece_rows = rows
             self.put("piece", [rows], size)
-        self.busy += perf_counter() - began
+        self.busy += thread_time() - began
 
     @torch.no_grad()
     def before(self, grads: Sequence[Tensor | None]) -> None:
         """The whole gradient is there; the weights have not moved."""
         if self.heard: return
-        began, self.heard = perf_counter(), True
+        began, self.heard = thread_time(), True
         self.outputs.__exit__()
         have = {k: values_of(g) for k, g in zip(self.plan.places, grads) if k is not None and g is not None}
         if "gradients" in self.names: self._gradients(have)
@@ -120,17 +120,17 @@ class Listening:
             self.put("weight", range(len(self.plan.parameters)), norms_of(self.plan.parameters))
         if "weights" in self.names: self._spread("weight", dict(enumerate(self.plan.parameters)))
         if "updates" in self.names: self.copies = {k: self.plan.parameters[k].clone() for k in have}
-        self.busy += perf_counter() - began
+        self.busy += thread_time() - began
 
     @torch.no_grad()
     def after(self) -> None:
         """The optimizer has stepped."""
-        began = perf_counter()
+        began = thread_time()
         if self.copies:
             moved = torch._foreach_sub([self.plan.parameters[k] for k in self.copies], [*self.copies.values()])
             self.put("update", self.copies, norms_of(moved))
             self.copies = {}
-        self.busy += perf_counter() - began
+        self.busy += thread_time() - began
 
     def _gradients(self, have: dict[int, Tensor]) -> None:
         """Norms, numbers that are not finite, and values for histograms."""
@@ -200,7 +200,7 @@ class Look(Listening):
 
     def send(self, window: Window | None = None) -> None:
         """Makes one tensor of the blocks and starts its way to the host."""
-        began = perf_counter()
+        began = thread_time()
         if "activations" in self.names:
             dead = (window or Window()).dead(self.grown | self.outputs.active)
             if dead: self.put("dead", dead, torch.stack([*dead.values()]))
@@ -212,7 +212,7 @@ class Look(Listening):
         self.blocks, self.grown, self.copies = [], {}, {}
         self.arrived: np.ndarray | None = None if self.keys else np.zeros(0)
         self.fetch()
-        self.busy += perf_counter() - began
+        self.busy += thread_time() - began
 
     def fetch(self, wait: bool = False) -> bool:
         """Whether the numbers have arrived."""

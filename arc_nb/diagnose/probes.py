@@ -11,8 +11,8 @@ __all__ = ['PER_E', 'FREE', 'LARGEST', 'Governor', 'Pace', 'rank_of', 'beside', 
 import difflib
 import math
 from collections import deque
-from collections.abc import Sequence
-from time import perf_counter
+from collections.abc import Callable, Sequence
+from time import perf_counter, thread_time
 from typing import Any
 
 import torch
@@ -39,16 +39,17 @@ class Governor:
         layers: int = 1,  # of very many fewer samples are kept
         start: int = 0,  # the step at which this fit begins
         steps: int | None = None,  # that it will make, where that is known
+        clock: Callable[[], float] = thread_time,  # seconds; on a GPU those of the wall, since the host waits for it
     ):
         self.share, self.dense, self.start, self.steps = share, min(PER_E, max(8, 16384 // max(1, layers))), start, steps
         self.spent = self.cost = self.counted = 0.0  # seconds: in all, expected of a sample, and what the rule counts
-        self.began, self.last, self.samples = perf_counter(), start, 0
+        self.clock, self.began, self.last, self.samples = clock, clock(), start, 0
         self.recent: deque[float] = deque(maxlen=5)
 
     @property
     def elapsed(self) -> float:
         """Seconds since it was made."""
-        return perf_counter() - self.began
+        return self.clock() - self.began
 
     def due(self, step: int) -> bool:
         """Whether to look at this step, counted from 1."""
@@ -132,13 +133,13 @@ def rank_of(weight: Tensor) -> float:
 def beside(look: Look, plain: nn.Module) -> Any:
     """A hook for a compiled model: the plain one looks at what it is given, and leaves no trace."""
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        began = perf_counter()
+        began = thread_time()
         put_back, buffers = rewinder(gpu=True), Kept([*plain.buffers()])
         try:
             with torch.no_grad(), look.outputs: plain(*args, **kwargs)
         finally:
             put_back(); buffers.put_back(); torch.clear_autocast_cache()
-        look.busy += perf_counter() - began - look.outputs.spent
+        look.busy += thread_time() - began - look.outputs.spent
     return hook
 
 # %% ../../nbs/diagnose/35_probes.ipynb #4e8d3ab1
@@ -155,7 +156,8 @@ class Sampling(Callback):
         """Gets ready for the steps of one fit; `planned`: the step at which it begins, and how many steps it makes."""
         self.compute, self.step, self.layers = compute, step, layers
         self.plan, self.window = Plan(model, step.parameters), Window()
-        self.governor = Governor(self.share, len(self.plan.layers), *planned)
+        host = compute.precision.device.type == "cpu"
+        self.governor = Governor(self.share, len(self.plan.layers), *planned, thread_time if host else perf_counter)
         self.pace = Pace(compute.precision.device, isinstance(step, CompiledStep))
         self.sent: list[tuple[int, int, Look]] = []  # step, rows, and a look whose numbers are on their way
         self.hook: Any = None
@@ -165,15 +167,15 @@ class Sampling(Callback):
 
     def attach(self, step: int) -> None:
         """Looks at the step that begins, counted from 1."""
-        began = perf_counter()
-        spread = step - self.last_spread >= max(1, step / 8)
+        began = thread_time()
+        spread = step - self.last_spread >= max(16, step / 8)
         if spread: self.last_spread = step
         self.look = look = Look(self.plan, self.names, self.compute.precision.scale if self.compute.precision.scaler else None, spread)
         self.step.heard = look
         if "activations" in self.names or not self.used:
             if self.compute.model is self.plan.model: look.outputs.__enter__()
             else: self.hook = self.compute.model.register_forward_pre_hook(beside(look, self.plan.model), with_kwargs=True)
-        look.busy += perf_counter() - began
+        look.busy += thread_time() - began
 
     def detach(self) -> "Look | None":
         """Takes everything off that was put on for a step."""
@@ -190,18 +192,18 @@ class Sampling(Callback):
         look = self.detach()
         if look is None: return
         if not self.used and look.outputs.order:
-            began = perf_counter()
+            began = thread_time()
             self.used = True
             self.plan.follow(look.outputs.order)
             self.layers.describe(self.plan.described)
-            look.busy += perf_counter() - began
+            look.busy += thread_time() - began
         look.send(self.window)
         self.sent.append((step, rows, look))
         self.governor.paid(step, look.busy + look.outputs.spent)
 
     def fetch(self, wait: bool = False) -> None:
         """Moves what has arrived into the layers, and writes it."""
-        began, governor, arrived = perf_counter(), self.governor, len(self.sent)
+        began, governor, arrived = thread_time(), self.governor, len(self.sent)
         for extra in self.pace.extra(): governor.correct(extra)
         while self.sent and self.sent[0][2].fetch(wait):
             step, rows, look = self.sent.pop(0)
@@ -209,7 +211,7 @@ class Sampling(Callback):
             values = look.values()
             if values: self.layers.add(step, values, look.pieces(rows), look.spreads())
         self.layers.flush()
-        governor.pay(perf_counter() - began, most=3 * governor.cost * max(1, arrived))
+        governor.pay(thread_time() - began, most=3 * governor.cost * max(1, arrived))
 
 # %% ../../nbs/diagnose/35_probes.ipynb #04a0faf3
 def check_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -270,15 +272,15 @@ class Probes(Sampling):
 
     def ranks(self) -> None:
         """Effective ranks of weight matrices, for as long as the share of the time lasts."""
-        began, governor, found = perf_counter(), self.governor, {}
+        began, governor, found = thread_time(), self.governor, {}
         todo = [k for k in self.plan.order if isinstance(w := getattr(self.plan.layers[k][1], "weight", None), Tensor) and w.dim() > 1
                 and 1 < min(w.flatten(1).shape) <= LARGEST and not isinstance(self.plan.layers[k][1], (*NORMS, nn.Embedding))]
         start = self.turn % len(todo) if todo else 0
         for k in todo[start:] + todo[:start]:
-            if governor.counted + perf_counter() - began > governor.share * governor.elapsed: break
+            if governor.counted + thread_time() - began > governor.share * governor.elapsed: break
             found[k] = rank_of(self.plan.layers[k][1].weight)  # type: ignore[arg-type]
         self.turn, self.ranked = self.turn + len(found), self.at if found else self.ranked
-        governor.pay(perf_counter() - began)
+        governor.pay(thread_time() - began)
         steps = self.layers.steps
         at = max(self.at if not len(steps) else int(steps[-1]), self.sent[-1][0] if self.sent else 0)
         if found: self.fetch(wait=True); self.layers.add(at, {"rank": [found.get(k, math.nan) for k in self.plan.order]})
