@@ -1,11 +1,11 @@
 """A gallery of broken models, one fault each, beside healthy ones: what trainer.diagnose() calls them. Real data: scikit-learn's digits,
-wine, breast_cancer and diabetes, and from ARC_NB_DATA ETTh1 and tiny Shakespeare. Thresholds were set on the half SET, and are reported on REPORT.
+wine, breast_cancer and diabetes, and from ARC_NB_DATA ETTh1 and tiny Shakespeare.
+Thresholds were set on one half of tables and seeds ("set"), and are reported on the other ("report"). A fault is right where the first or the second finding
+names it, a healthy model where nothing severe is found.
 
 usage: python bench/gallery.py [--smoke]   writes bench/results/gallery.json (not with --smoke)
 """
-import contextlib
 import copy
-import io
 import json
 import math
 import os
@@ -31,7 +31,10 @@ from arc_nb import Trainer
 
 torch.set_num_threads(1)
 DATA = Path(os.environ.get("ARC_NB_DATA", Path(__file__).parents[2] / "shared/data"))
-HALVES = {"set": (("digits", "diabetes"), (0, 1)), "report": (("wine", "breast_cancer"), (2, 3))}
+HALVES = {"set": (("digits", "diabetes"), (0, 1)), "report": (("wine", "breast_cancer", "oil"), (4, 5))}
+# A first report, on seeds 2 and 3 of wine and breast_cancer, had 111 of 122 faults right and no false alarm in 60 healthy runs. After it the rule for
+# not-learning was changed, and two faults that had done no harm (weight decay, two columns) were made worse; hence the fresh seeds and a fresh table.
+FIRST_REPORT = {"tables": ["wine", "breast_cancer"], "seeds": [2, 3], "broken": {"right": 111, "missed": 11}, "healthy": {"right": 60, "false": 0, "warnings": 2}}
 
 
 # ---- data -------------------------------------------------------------------------------------------------------------------------------
@@ -53,12 +56,15 @@ def table(name: str, half: str = "set") -> Table:
         X, y = datasets.load_digits(return_X_y=True)
         keep = (y < 5) == (half == "set")
         X, y = X[keep], y[keep] % 5
+    elif name == "oil":  # ETTh1 as a table: the oil temperature of an hour from its six loads
+        rows = np.loadtxt(DATA / "ETTh1.csv", delimiter=",", skiprows=1, usecols=range(1, 8), max_rows=6000)[::6]
+        X, y = rows[:, :6], rows[:, 6]
     else: X, y = getattr(datasets, f"load_{name}")(return_X_y=True)
     raw = torch.tensor(X, dtype=torch.float32)
     spread = raw.std(0)
     scaled = (raw - raw.mean(0)) / torch.where(spread > 0, spread, 1.)
     if name in ("digits", "images"): scaled = raw / 16
-    if name == "diabetes":
+    if name in ("diabetes", "oil"):
         target = torch.tensor(y, dtype=torch.float32)
         return Table(scaled, (target - target.mean()) / target.std(), "mse", 1, raw)
     if name == "images": scaled = scaled.view(-1, 1, 8, 8)
@@ -165,13 +171,11 @@ class Rows(Dataset):
         return self.data[0][k], self.data[1][k]
 
 
-class Sampled:
+class Sampled(Dataset):
     "A few other rows each time that it is read."
     def __init__(self, data, rows: int, seed: int): self.data, self.rows, self.rng = data, rows, np.random.default_rng(seed)
-    def __len__(self): return 1
-    def __iter__(self):
-        chosen = torch.as_tensor(self.rng.choice(len(self.data[0]), self.rows, replace=False))
-        yield self.data[0][chosen], self.data[1][chosen]
+    def __len__(self): return self.rows
+    def __getitem__(self, k): k = int(self.rng.integers(len(self.data[0]))); return self.data[0][k], self.data[1][k]
 
 
 # ---- cases ------------------------------------------------------------------------------------------------------------------------------
@@ -253,16 +257,16 @@ def few_rows_and_wrong_labels(s):
     s.trainer["batch_size"] = 16
 
 @broken("underfitting")
-def weight_decay_of_30(s): s.trainer["optimizer"] = ("adamw", {"weight_decay": 30.})
+def a_bottleneck_with_dropout_of_95_per_cent(s): s.model = nn.Sequential(*s.model[:-1], nn.Dropout(.95), s.model[-1])
 
 @broken("underfitting")
 def two_weak_columns(s):
     target = F.one_hot(s.train[1]).float() if s.t.loss != "mse" else s.train[1]
     X = s.train[0]
     strength = torch.nan_to_num(torch.corrcoef(torch.cat([X, target], 1).T)[:X.shape[1], X.shape[1]:].abs().amax(1))
-    weak = strength.argsort()[len(strength) // 2:][:2]
+    weak = (strength - strength.max() / 3).abs().argsort()[:2]  # a third of the correlation of the best
     s.train, s.valid, s.model = (X[:, weak], s.train[1]), (s.valid[0][:, weak], s.valid[1]), mlp(2, s.t.out, 16, 1)
-    s.trainer["lr"], s.fit = 5e-3, {"epochs": s.epochs(800)}
+    s.trainer["lr"], s.fit = 5e-3, {"epochs": s.epochs(800 if s.name == "digits" else 400)}
 
 @broken("underfitting", "lr-too-low")
 def stopped_after_two_epochs(s): s.trainer |= {"optimizer": ("sgd", {"momentum": .9}), "lr": 1e-2 if s.t.loss != "mse" else 1e-3}; s.fit = {"epochs": 2}
@@ -389,7 +393,7 @@ def the_target_among_the_inputs(s):
 
 @broken("exploding-gradients")
 def a_recurrent_layer_that_amplifies(s):
-    if s.name not in ("diabetes", "wine"): return False  # once a half: on the series
+    if s.name not in ("diabetes", "oil"): return False  # once a half: on the series
     other = series(s.seed, s.half)
     s.__dict__.update(other.__dict__)
     s.model = Recurrent(partial(nn.RNN, nonlinearity="relu"))
@@ -472,5 +476,47 @@ def train(s: Setting, **more: Any) -> Trainer:
     "Trains in silence; a run that ends with NaN has said so in its status."
     torch.manual_seed(s.seed)
     trainer = Trainer(s.model, s.train, s.valid, **quiet(s))
-    trainer.fit(**s.fit, **more)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(**s.fit, **more)
     return trainer
+
+
+def judge(half: str, kind: str, name: str, codes: tuple[str, ...], s: Setting) -> dict[str, Any]:
+    "A row of the table: what was found in one run, and whether that is right."
+    began = time.process_time()
+    found = train(s, watch=True).diagnose()
+    told = [f"{f.severity} {f.code}" + (f" < {f.because}" if f.because else "") for f in found]
+    if kind == "broken": verdict = "right" if any(f.code in codes for f in found[:2]) else "missed"
+    else: verdict = "false" if any(f.severity == "severe" for f in found) else "right"
+    return {"half": half, "kind": kind, "name": name, "wanted": list(codes), "table": s.name, "seed": s.seed, "verdict": verdict, "found": told,
+            "seconds": round(time.process_time() - began, 2)}
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    "How many are right, missed and false, a half."
+    count = lambda half, kind, verdict: sum(r["half"] == half and r["kind"] == kind and r["verdict"] == verdict for r in rows)
+    warned = lambda half: sum(t.startswith("warning") for r in rows if r["half"] == half and r["kind"] == "healthy" for t in r["found"])
+    return {half: {"broken": {v: count(half, "broken", v) for v in ("right", "missed")},
+                   "healthy": {"right": count(half, "healthy", "right"), "false": count(half, "healthy", "false"), "warnings": warned(half)}} for half in HALVES}
+
+
+def main() -> None:
+    smoke, rows = "--smoke" in sys.argv, []
+    halves = {"set": ((), (0,))} if smoke else HALVES
+    for half, (_, seeds) in halves.items():
+        for kind, name, codes, s in cases(half, seeds):
+            if smoke and (s.name not in ("digits", "ETTh1") or (kind == "healthy" and len(rows) % 3)): continue
+            rows.append(judge(half, kind, name, codes, s))
+            print(f"{half:7}{kind:8}{name[:40]:41}{s.name:14}{s.seed}  {rows[-1]['verdict']:7}{', '.join(rows[-1]['found'][:3])}", flush=True)
+    out = {"machine": platform.platform(), "torch": torch.__version__, "sklearn": sklearn.__version__, "python": platform.python_version(),
+           "halves": {half: {"tables": list(tables), "seeds": list(seeds)} for half, (tables, seeds) in HALVES.items()}, "summary": summary(rows), "first_report": FIRST_REPORT, "rows": rows}
+    print(json.dumps(out["summary"], indent=1))
+    if smoke: return
+    path = Path(__file__).parent / "results" / "gallery.json"
+    lines = ",\n  ".join(json.dumps(r) for r in rows)
+    path.write_text(json.dumps(out | {"rows": []}, indent=1).replace('"rows": []', f'"rows": [\n  {lines}\n ]') + "\n")
+    print("written:", path)
+
+
+if __name__ == "__main__": main()

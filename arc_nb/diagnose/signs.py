@@ -120,10 +120,10 @@ class Evidence:
 
     @cached_property
     def base(self) -> float:
-        """The loss of the best constant prediction; without facts, the mean of the first three losses."""
+        """The loss of the best constant prediction; without facts, the first loss, or the median of the first three if that is lower."""
         told = getattr(self.facts, "baseline", None)
         if told is not None and math.isfinite(told): return float(told)
-        return float(self.train.values[:3].mean()) if len(self.train) else math.nan
+        return min(self.train.start, float(np.median(self.train.values[:3]))) if len(self.train) else math.nan
 
     def share(self, loss: float) -> float:
         """The part of `base` that a loss leaves out: 0 for a constant prediction, 1 for a perfect one; NaN where losses can be negative."""
@@ -158,12 +158,13 @@ class Evidence:
         return self.status.step / self.status.steps if self.status.steps else math.nan
 
     def falling(self) -> bool:
-        """Whether the last third of the training loss still falls, by 2.5 standard errors, or the last validation is the best yet: by a twentieth
-        of what was gained."""
+        """Whether the last third of the training loss falls, by 2.5 standard errors, or the last validation is the best yet: by a
+        twentieth of what was gained."""
         change, error = self.train.trend(1 / 3)
-        last = self.valid.values
-        better = len(last) > 1 and last[-1] <= last.min() and last[-2] - last[-1] > max(0.05 * (self.base - last[-1]), 3 * np.nan_to_num(self.valid.noise))
-        return (change < -2.5 * error and -change > 0.05 * abs(self.gain)) or bool(better)
+        if change < -2.5 * error and -change > 0.05 * abs(self.gain): return True
+        last, noise = self.valid.values, float(np.nan_to_num(self.valid.noise))
+        if len(last) < 2 or last[-1] > last.min(): return False
+        return bool(last[-2] - last[-1] > max(0.05 * (self.base - last[-1]), 3 * noise))
 
 # %% ../../nbs/diagnose/37_signs.ipynb #4d4d1bc3
 def measured(
