@@ -1,10 +1,11 @@
-"""Which learning rate trains best? What the finder suggests, beside a grid of 13 rates: 4 models x 2 optimizers, 3 seeds.
+"""Which learning rate trains best? What the finder suggests, beside a grid of 13 rates: 5 models x 2 optimizers, 3 seeds.
 
 Each setting is a short training as people plan it: all of the steps under a schedule whose peak is the learning rate. The loss of a
 rate is the median over 3 seeds; a training that ends in NaN counts as infinitely bad. Every rule is judged by the same trainings, with
 the rate that it found from the same seed.
 
-usage: python bench/lr_find.py [--smoke] [name of a setting ...]   writes bench/results/lr_find.json (not with --smoke or names)
+usage: python bench/lr_find.py [--smoke] [part of the name of a model ...]   writes bench/results/lr_find.json (not with --smoke); with
+names only their rows
 """
 import json
 import math
@@ -71,6 +72,16 @@ class GPT(nn.Module):
     def forward(self, tokens): return self.blocks(self.token(tokens) + self.place)
 
 
+class Chars(nn.Module):
+    """The next character, by an LSTM as char-rnn has it."""
+    def __init__(self, vocabulary=65, width=96):
+        super().__init__()
+        self.token, self.head = nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary)
+        self.lstm = nn.LSTM(width, width, batch_first=True)
+
+    def forward(self, tokens): return self.head(self.lstm(self.token(tokens))[0])
+
+
 def mlp(): return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
@@ -116,6 +127,7 @@ def characters(context=64):
 SETTINGS = {"digits MLP": (mlp, digits, "cross_entropy", 64, 120, "one_cycle", None, None),
             "digits CNN": (cnn, lambda: digits(images=True), "cross_entropy", 64, 120, "one_cycle", None, None),
             "ETTh1 LSTM": (LSTM, temperatures, "mse", 64, 270, "one_cycle", None, "ETTh1.csv"),
+            "Shakespeare LSTM": (Chars, characters, "cross_entropy", 32, 300, "one_cycle", 5.0, "tinyshakespeare.txt"),
             "Shakespeare GPT": (GPT, characters, "cross_entropy", 16, 600, "warmup_cosine", 1.0, "tinyshakespeare.txt")}
 
 
@@ -161,7 +173,8 @@ def measure(setting, grid, seeds):
     table = {lr: [score(lr, seed) for seed in seeds] for lr in grid}
     best = min(table, key=lambda lr: statistics.median(table[lr]))
     row = {"setting": setting.name, "steps": setting.steps, "schedule": setting.schedule, "clip_norm": setting.clip, "best_rate": best,
-           "best": round(statistics.median(table[best]), 4), "grid": {f"{lr:.3g}": plain(losses) for lr, losses in table.items()}, "rules": {}}
+           "best": round(statistics.median(table[best]), 4), "rules": {},
+           "grid": {f"{lr:.3g}": plain(losses) for lr, losses in table.items()}}
     said = [setting.suggested(seed) for seed in seeds]
     for rule in RULES:
         rates = [one.get(rule) for one in said]
@@ -181,24 +194,41 @@ def settings(names, steps):
         for optimizer in OPTIMIZERS: yield Setting(name, optimizer, steps)
 
 
+def told(row):
+    """A row as a line."""
+    above = ", ".join(f"{rule} {found['above_best']}" for rule, found in row["rules"].items())
+    return (f"{row['setting']}: best {row['best']} at {row['best_rate']:.3g}; above it: {above}; "
+            f"default {row['rules']['default']['rates']}, {row['cpu_seconds']} s")
+
+
+def store(rows):
+    """Writes the table; rows that were not measured now stay."""
+    path = Path(__file__).parent / "results" / "lr_find.json"
+    known = {row["setting"]: row for row in (json.loads(path.read_text())["settings"] if path.exists() else [])}
+    known |= {row["setting"]: row for row in rows}
+    order = [known[f"{name}, {optimizer}"] for name in SETTINGS for optimizer in OPTIMIZERS if f"{name}, {optimizer}" in known]
+    out = {"machine": platform.platform(), "python": platform.python_version(), "torch": torch.__version__, "threads": 1,
+           "measure": "valid loss after a short training, median of 3 seeds; above_best: over the best of a grid of 13 rates from "
+                      "1e-5 to 10; null: no suggestion, or a training that was lost",
+           "goal": GOAL, "met": sum(map(met, order)), "settings": order}
+    path.write_text(json.dumps(out, indent=1) + "\n")
+    print(f"written: {path}; default at most {GOAL} above the best of the grid: {out['met']} of {len(order)} settings")
+
+
+def met(row):
+    above = row["rules"]["default"]["above_best"]
+    return above is not None and above <= GOAL
+
+
 def main():
     smoke, names = "--smoke" in sys.argv, [a for a in sys.argv[1:] if not a.startswith("--")]
     warnings.simplefilter("ignore")
     rows = []
     for setting in settings(names, 20 if smoke else None):
         rows.append(measure(setting, GRID[6:9] if smoke else GRID, SEEDS[:1] if smoke else SEEDS))
-        above = {rule: found["above_best"] for rule, found in rows[-1]["rules"].items()}
-        print(f"{rows[-1]['setting']}: best {rows[-1]['best']} at {rows[-1]['best_rate']:.3g}; above it: {above}, "
-              f"default {rows[-1]['rules']['default']['rates']}, {rows[-1]['cpu_seconds']} s", flush=True)
-    met = [row["rules"]["default"]["above_best"] is not None and row["rules"]["default"]["above_best"] <= GOAL for row in rows]
-    print(f"default at most {GOAL} above the best of the grid: {sum(met)} of {len(met)} settings")
-    if smoke or names: return
-    out = {"machine": platform.platform(), "python": platform.python_version(), "torch": torch.__version__, "threads": 1,
-           "measure": "valid loss after a short training, median of 3 seeds; above_best: over the best of a grid of 13 rates from 1e-5 to 10; "
-                      "null: no suggestion, or a training that was lost", "goal": GOAL, "met": sum(met), "settings": rows}
-    path = Path(__file__).parent / "results" / "lr_find.json"
-    path.write_text(json.dumps(out, indent=1) + "\n")
-    print("written:", path)
+        print(told(rows[-1]), flush=True)
+    print(f"default at most {GOAL} above the best of the grid: {sum(map(met, rows))} of {len(rows)} settings")
+    if rows and not smoke: store(rows)
 
 
 if __name__ == "__main__": main()

@@ -26,10 +26,13 @@ const make = (kind, cls, parent) => {
   return node;
 };
 
+// What stays when JupyterLab draws an output anew; elsewhere what holds the picture.
+const homeOf = (image) => image.closest(".jp-RenderedSVG")?.parentElement || image.parentElement;
+
 // The line over one picture.
 class Overlay {
   constructor(image, choose) {
-    Object.assign(this, { image, choose, at: null, down: false, asked: null, state: null, focused: false });
+    Object.assign(this, { choose, at: null, down: false, asked: null, state: null, home: homeOf(image) });
     const box = this.box = make("div", "arc-finder");
     box.tabIndex = 0;
     for (const [name, value] of [["role", "slider"], ["aria-label", "learning rate"], ["aria-orientation", "horizontal"]]) box.setAttribute(name, value);
@@ -44,16 +47,21 @@ class Overlay {
     box.addEventListener("pointercancel", () => { this.down = false; });
     box.addEventListener("pointerleave", () => { if (!this.down && document.activeElement !== box) this.quiet(true); });
     for (const name of ["mousedown", "click", "dblclick"]) box.addEventListener(name, (e) => e.stopPropagation());  // the notebook would take the focus away
-    box.addEventListener("focus", () => { this.focused = true; if (this.at === null) this.at = this.begin(); this.draw(); });
-    box.addEventListener("blur", () => setTimeout(() => { if (!box.isConnected) return; this.focused = false; if (!box.matches(":hover")) this.quiet(true); }));
+    box.addEventListener("focus", () => { if (this.at === null) this.at = this.begin(); this.draw(); });
+    box.addEventListener("blur", () => { if (!box.matches(":hover")) this.quiet(true); });
     box.addEventListener("keydown", (e) => this.key(e));
-    const home = image.parentElement;
-    if (getComputedStyle(home).position === "static") home.style.position = "relative";
-    home.appendChild(box);
+    if (getComputedStyle(this.home).position === "static") this.home.style.position = "relative";
+    this.home.appendChild(box);
     this.resize = new ResizeObserver(() => this.lay());
+    this.resize.observe(this.home);
+    this.take(image);
+  }
+  take(image) {  // the picture, or the one that has been drawn in its place
+    if (this.image) this.resize.unobserve(this.image);
+    this.image = image;
     this.resize.observe(image);
-    this.resize.observe(home);
     image.addEventListener("load", () => this.lay());
+    this.lay();
   }
   quiet(yes) { this.box.toggleAttribute("data-quiet", yes); }
 
@@ -146,7 +154,7 @@ class Overlay {
 // All pictures of one finder on the page, as they come and go.
 class Finder {
   constructor(model) {
-    Object.assign(this, { model, overlays: new Map(), due: 0, memory: null });
+    Object.assign(this, { model, overlays: new Map(), due: 0 });
     this.observer = new MutationObserver(() => this.soon());
     this.observer.observe(document.body, { childList: true, subtree: true, attributes: true, attributeFilter: ["src"] });
     this.changed = () => this.update();
@@ -174,19 +182,17 @@ class Finder {
   }
   look() {
     if (!this.state) return;
-    const found = this.pictures();
-    for (const [image, overlay] of this.overlays) if (!found.has(image) || !image.isConnected || !overlay.box.isConnected) {
-      this.memory = { at: overlay.at, focused: overlay.focused, when: Date.now() };  // for the picture that replaces this one
-      overlay.remove();
+    const found = this.pictures(), free = [...found].filter((image) => !this.overlays.has(image));
+    for (const [image, overlay] of [...this.overlays]) if (!found.has(image) || !overlay.box.isConnected) {
+      const k = overlay.box.isConnected ? free.findIndex((other) => homeOf(other) === overlay.home) : -1;
       this.overlays.delete(image);
+      if (k < 0) overlay.remove();
+      else { this.overlays.set(free[k], overlay); overlay.take(free[k]); }
     }
     for (const image of found) if (!this.overlays.has(image)) {
       const overlay = new Overlay(image, (lr) => this.model.send({ do: "lr", lr }));
       this.overlays.set(image, overlay);
-      const before = this.memory && Date.now() - this.memory.when < 3000 ? this.memory : null;
-      if (before) { overlay.at = before.at; this.memory = null; }
       overlay.tell({ ...this.state });
-      if (before && before.focused && (!document.activeElement || document.activeElement === document.body)) overlay.box.focus({ preventScroll: true });
     }
   }
   end() {

@@ -21,7 +21,7 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/c
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
 ROOT = Path(__file__).resolve().parent.parent
-BUNDLE = ROOT / "arc_nb" / "static" / "board.js"
+BUNDLES = [ROOT / "arc_nb" / "static" / name for name in ("board.js", "finder.js")]
 WAIT = 60_000  # milliseconds for anything that has to come
 PANEL = "window.jupyterapp.shell.currentWidget"
 BOARD = ".arc-board"
@@ -30,7 +30,7 @@ KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "languag
 
 pytestmark = [pytest.mark.browser,
               pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no browser: {CHROMIUM} is missing (apt install chromium)"),
-              pytest.mark.skipif(not BUNDLE.exists(), reason=f"no bundle: {BUNDLE} is missing (make setup)")]
+              pytest.mark.skipif(not all(map(Path.exists, BUNDLES)), reason=f"no bundles: {BUNDLES} (make setup)")]
 
 SET_UP = """\
 import time, torch
@@ -57,6 +57,9 @@ t.fit(epochs=400)
 ended = time.time()"""
 RESULT = "print('RESULT', t.status.state, t.status.step, t.lr, len(steps.at) - asked[0][1], round(ended - asked[0][0], 3))"
 LATER = "a = trainer('later')\nawait a.fit_async(epochs=2)\nassert a.status.state == 'completed'"
+FINDER = ".arc-finder"
+FIND = "t = trainer('found')\nfound = t.lr_find(repeats=2)\nfound"
+TOLD = "print('RATE', t.lr, found.lr, t.step, found.curve.ended)"
 SHORT = "s = trainer('short')\ns.fit(epochs=2);"
 
 
@@ -252,6 +255,65 @@ def test_narrow(lab, browser, out):
     assert inside[0] <= inside[1]
     p.command("notebook:interrupt-kernel"); p.done(1)                      # the kernel's own interrupt ends it as well
     p.page.wait_for_selector(PICTURE, timeout=WAIT)
+    p.page.close()
+
+
+def test_a_click_on_the_curve_sets_the_learning_rate(lab, browser, out):
+    base, root = lab
+    notebook(root, "find.ipynb", [SET_UP, FIND, TOLD])
+    p = Page(browser, base)
+    p.open("find.ipynb")
+    p.command("notebook:run-all-cells")
+    p.done(2)
+    p.page.wait_for_selector(FINDER, timeout=WAIT, state="attached")
+    assert p.page.locator(f"{PICTURE}").count() == 1                       # shown once, though the cell ends with it
+    p.page.locator(".jp-RenderedSVG").first.scroll_into_view_if_needed()
+    line = p.page.locator(FINDER)
+    chosen = lambda: float(line.get_attribute("data-chosen") or 0)
+    other = f"(old) => {{ const now = Number(document.querySelector('{FINDER}')?.dataset.chosen || 0); return now && now !== old }}"
+    there = lambda: p.until(other, old)
+
+    def rate():  # what the kernel says
+        p.page.evaluate(f"() => {{ {PANEL}.content.activeCellIndex = 2; {PANEL}.content.widgets[2].model.clearExecution() }}")
+        p.command("notebook:run-cell"); p.done(2)
+        text = p.page.locator(".jp-CodeCell").nth(2).locator(".jp-Cell-outputArea").inner_text()
+        return [float(v) for v in re.search(r"RATE (\S+) (\S+) 0 ", text).groups()]
+
+    def at(share):  # on the page as it stands: a cell that runs may scroll it
+        line.scroll_into_view_if_needed()
+        box = line.bounding_box()
+        return box["x"] + box["width"] * share, box["y"] + box["height"] * .4
+
+    p.page.mouse.move(*at(.6)); p.page.wait_for_selector(f"{FINDER} .tip b", timeout=WAIT)
+    assert re.search(r"lr\s*\S+\s*smoothed loss\s*\S+", line.locator(".tip").inner_text())
+    p.shot(out / "finder-hover.png", whole=True)
+    old = 0.
+    p.page.mouse.click(*at(.6)); there()                                   # a click
+    first = chosen()
+    assert 10 ** (-7 + 8 * .6) == pytest.approx(first, rel=.15) and rate() == [pytest.approx(first)] * 2
+    assert f"chosen {first:.2e}"[:11] in p.page.evaluate(f"() => decodeURIComponent(document.querySelector('{PICTURE}').src)")
+    p.shot(out / "finder-clicked.png", whole=True)
+    line.focus()
+    for key in ("ArrowRight", "ArrowRight", "PageUp", "Enter"): p.page.keyboard.press(key)    # keys
+    old = first; there()
+    second = chosen()
+    assert second == pytest.approx(first * 10 ** (12 * 8 / 99), rel=.02) and "chosen" in line.get_attribute("aria-valuetext")
+    assert p.page.evaluate("() => document.activeElement.className") == "arc-finder"          # also on the picture that was drawn anew
+    p.shot(out / "finder-keys.png", whole=True)
+    p.page.mouse.move(*at(.3)); p.page.mouse.down(); p.page.mouse.move(*at(.5), steps=5); p.page.mouse.up()  # a drag
+    old = second; there()
+    assert rate() == [pytest.approx(10 ** (-7 + 8 * .5), rel=.15)] * 2
+    p.theme("JupyterLab Dark"); p.page.emulate_media(color_scheme="dark")
+    p.page.mouse.move(*at(.7)); p.shot(out / "finder-dark.png", whole=True)
+    p.save()
+    saved = nbformat.read(root / "find.ipynb", 4)
+    shown = [data for data in outputs(saved) if "image/svg+xml" in data]
+    assert len(shown) == 1 and "chosen" in shown[0]["image/svg+xml"] and "image/png" in shown[0]
+    assert (root / "find.ipynb").stat().st_size < 150_000
+    assert not any("widget" in kind for data in outputs(saved) for kind in data) and "widgets" not in saved.metadata
+    p.page.evaluate(f"() => {PANEL}.sessionContext.session.kernel.restart().then(() => 1)")    # nobody is there to hear any more
+    p.until(f"() => !document.querySelector('{FINDER}')")
+    assert p.page.locator(PICTURE).count() == 1 and not p.errors, p.errors
     p.page.close()
 
 

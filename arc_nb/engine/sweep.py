@@ -53,9 +53,9 @@ def smoothed(
 def memory(
     rates: np.ndarray,  # (n,) of a sweep, rising by one factor
 ) -> float:
-    """The `keep` with which the average reaches back `REACH` decades: 0.93 for the usual hundred steps from 1e-7 to 10."""
-    per_decade = (len(rates) - 1) / math.log10(rates[-1] / rates[0])
-    return max(0.5, 1 - 1 / (REACH * per_decade))
+    """The `keep` with which the average reaches back `REACH` decades, at most a quarter of the sweep: 0.93 for the usual hundred steps."""
+    reach = min(REACH * (len(rates) - 1) / math.log10(rates[-1] / rates[0]), len(rates) / 4)  # steps
+    return max(0.5, 1 - 1 / reach)
 
 REACH = 1.15  # decades: by the experiment below
 
@@ -199,26 +199,25 @@ class Suggestion:
     marks: dict[str, float]  # by rule: steep, valley, slide, minimum; nothing where there is no value
 
 NOTHING = {
-    "short": "the curve has {n} points, which tell nothing (it ended: {ended}): begin with a smaller start=, or take more steps=",
-    "rose": "the loss rose from the start ({start:.2g}) on: begin with a smaller start=",
+    "cut": "the sweep ended early ({ended}, after {n} of {steps} steps), before the loss rose: let it go on",
+    "lost": "the loss rose, or was lost, before it had fallen ({ended} after {n} steps): begin with a smaller start= than {start:.2g}",
     "flat": "the loss did not fall by more than its noise: a larger end=, more steps= or repeats=3 may tell more; "
-            "if none does, the model does not learn from these data",
-    "cut": "the sweep ended ({ended}) while the loss was still falling: let it go on"}
+            "if none does, the model does not learn from these data"}
 
 def why_nothing(
     curve: Curve,
 ) -> str:
     """Why the curve tells nothing; an empty text where it does."""
-    n, begin, ended = curve.common, warm(curve.keep) - 1, ", ".join(sorted(set(curve.ended)))
-    if n < max(LEAST, begin + 5): return NOTHING["short"].format(n=n, ended=ended)
-    smooth = curve.mean
-    limit = max(matters(losses[:n], curve.keep) for losses in curve.losses) / math.sqrt(len(curve.losses))
-    lowest = begin + int(smooth[begin:].argmin())
-    if smooth[begin] - smooth[lowest] <= limit:
-        rose = smooth[-1] - smooth[begin] > limit
-        return NOTHING["rose"].format(start=curve.rates[0]) if rose else NOTHING["flat"]
-    cut = lowest == n - 1 and n < len(curve.rates) and not {"diverged", "not finite"} & set(curve.ended)
-    return NOTHING["cut"].format(ended=ended) if cut else ""
+    n, begin, rose = curve.common, warm(curve.keep) - 1, bool({"diverged", "not finite"} & set(curve.ended))
+    kind, cut = "", n < len(curve.rates) and not rose
+    if n < max(LEAST, begin + 5): kind = "cut" if cut else "lost"
+    else:
+        smooth = curve.mean
+        limit = max(matters(losses[:n], curve.keep) for losses in curve.losses) / math.sqrt(len(curve.losses))
+        if smooth[begin] - smooth[begin:].min() <= limit: kind = "cut" if cut else "lost" if rose else "flat"
+        elif cut and smooth[begin:].argmin() == n - 1 - begin: kind = "cut"
+    told = {"ended": ", ".join(sorted(set(curve.ended))), "n": n, "steps": len(curve.rates), "start": curve.rates[0]}
+    return NOTHING[kind].format(**told) if kind else ""
 
 # %% ../../nbs/engine/06b_sweep.ipynb #6434e25e
 def suggest(
