@@ -10,9 +10,10 @@ from dataclasses import replace
 from functools import partial
 from html import escape
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .datachecks import DATA_CHECKS, VERDICTS, Budget, Check, Seen
+from .check import VERDICTS, Budget, Check, Seen
+from .datachecks import DATA_CHECKS
 from .facts import Facts
 from .passchecks import check_gradients, check_initialisation
 from .trychecks import check_device, check_lr, check_memory, check_one_batch
@@ -26,9 +27,9 @@ if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/diagnose/38_checkup.ipynb #f972b5cf
 TITLES = {
-    "batch": "A batch", "labels": "Labels and inputs", "loss": "The loss fits", "initial-loss": "Loss at the start", "inputs": "Inputs", "target": "Target",
-    "leaks": "Leaks", "classes": "Classes", "splits": "Train and valid", "initialisation": "Initialisation", "gradients": "Gradients",
-    "one-batch": "Learnt by heart", "lr": "Learning rate", "device": "Device", "memory": "Memory"}
+    "batch": "A batch", "labels": "Labels", "loss": "The loss fits", "initial-loss": "Loss at the start", "inputs": "Inputs",
+    "target": "Target", "leaks": "Leaks", "classes": "Classes", "splits": "Train and valid", "initialisation": "Initialisation",
+    "gradients": "Gradients", "one-batch": "Learnt by heart", "lr": "Learning rate", "device": "Device", "memory": "Memory"}
 WORDS = {"ok": "fine", "warning": "to look at", "failed": "wrong", "skipped": "not told"}
 SIGNS = {"ok": "+", "warning": "!", "failed": "x", "skipped": "-"}
 _SHAPES = {
@@ -36,28 +37,34 @@ _SHAPES = {
           '<path d="M5 8.2l2.1 2.1L11 6.2" fill="none" stroke="currentColor" stroke-width="1.6"/>',
     "warning": '<path d="M8 1.8L15 14H1z" fill="none" stroke="currentColor" stroke-width="1.5" stroke-linejoin="round"/>'
                '<path d="M8 6v4M8 11.4v1.2" stroke="currentColor" stroke-width="1.6"/>',
-    "failed": '<path d="M5 1.2h6L14.8 5v6L11 14.8H5L1.2 11V5z" fill="currentColor"/><path d="M5.4 5.4l5.2 5.2M10.6 5.4l-5.2 5.2" class="hole"/>',
+    "failed": '<path d="M5 1.2h6L14.8 5v6L11 14.8H5L1.2 11V5z" fill="currentColor"/>'
+              '<path d="M5.4 5.4l5.2 5.2M10.6 5.4l-5.2 5.2" class="hole"/>',
     "skipped": '<circle cx="8" cy="8" r="6.5" fill="none" stroke="currentColor" stroke-width="1.2" stroke-dasharray="2 2.2"/>'}
 
 def mark(verdict: str) -> str:
     """The verdict as a small shape."""
-    return f'<svg class="mark {verdict}" width="16" height="16" viewBox="0 0 16 16" role="img" aria-label="{WORDS[verdict]}">{_SHAPES[verdict]}</svg>'
+    return (f'<svg class="mark {verdict}" width="16" height="16" viewBox="0 0 16 16" role="img" aria-label="{WORDS[verdict]}">'
+            f"{_SHAPES[verdict]}</svg>")
 
 # %% ../../nbs/diagnose/38_checkup.ipynb #8e6cded1
 def _colours(theme: str) -> str:
-    c, box = THEMES[theme], ".arc-checkup"
-    inks = "".join(f"{box} .{verdict}{{color:{c[role]}}}" for verdict, role in zip(("ok", "warning", "failed", "skipped"), ("ok", "warn", "bad", "faint")))
-    return (f"{box}{{background:{c['bg']};color:{c['fg']}}}{box} .row{{border-color:{c['line']}}}{box} .faint{{color:{c['faint']}}}"
+    c, box, roles = THEMES[theme], ".arc-checkup", {"ok": "ok", "warning": "warn", "failed": "bad", "skipped": "faint", "faint": "faint"}
+    inks = "".join(f"{box} .{name}{{color:{c[role]}}}" for name, role in roles.items())
+    return (f"{box}{{background:{c['bg']};color:{c['fg']}}}{box} .row{{border-color:{c['line']}}}"
             f"{box} .advice{{background:{c['note']}}}{box} .hole{{stroke:{c['bg']};stroke-width:1.8}}{inks}")
 
-STYLE = ("<style>.arc-checkup{padding:14px 18px 8px;border-radius:8px;font:13px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;max-width:860px;"
-         "font-variant-numeric:tabular-nums}.arc-checkup .head{display:flex;flex-wrap:wrap;gap:4px 18px;align-items:baseline;padding-bottom:10px}"
-         ".arc-checkup .head b{font-size:15px;font-weight:600}.arc-checkup .head .mark{vertical-align:-3px;margin-right:5px}"
-         ".arc-checkup .row{display:grid;grid-template-columns:16px 124px minmax(0,1fr);gap:0 12px;padding:7px 0;border-top:1px solid}"
-         ".arc-checkup .row>.mark{margin-top:2px}.arc-checkup .name{font-weight:600}.arc-checkup .advice{margin:5px 0 2px;padding:4px 9px;border-radius:4px}"
-         ".arc-checkup .picture{margin-top:4px}.arc-checkup .picture svg{max-width:100%;height:auto;display:block;margin-left:-14px}"
-         "@media(max-width:520px){.arc-checkup .row{grid-template-columns:16px minmax(0,1fr)}.arc-checkup .told{grid-column:2}}"
-         f"{_colours('light')}@media(prefers-color-scheme:dark){{{_colours('dark')}}}</style>")
+_RULES = {
+    "": "padding:14px 18px 8px;border-radius:8px;font:13px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;max-width:860px;"
+        "font-variant-numeric:tabular-nums",
+    ".head": "display:flex;flex-wrap:wrap;gap:4px 18px;align-items:baseline;padding-bottom:10px",
+    ".head b": "font-size:15px;font-weight:600",
+    ".head .mark": "vertical-align:-3px;margin-right:5px", ".row>.mark": "margin-top:2px", ".name": "font-weight:600",
+    ".row": "display:grid;grid-template-columns:16px 124px minmax(0,1fr);gap:0 12px;padding:7px 0;border-top:1px solid",
+    ".advice": "margin:5px 0 2px;padding:4px 9px;border-radius:4px", ".picture": "margin-top:4px",
+    ".picture svg": "max-width:100%;height:auto;display:block;margin-left:-14px"}
+_NARROW = ".arc-checkup .row{grid-template-columns:16px minmax(0,1fr)}.arc-checkup .told{grid-column:2}"
+STYLE = ("<style>" + "".join(f".arc-checkup {where}{{{rules}}}".replace(" {", "{") for where, rules in _RULES.items()) + _colours("light")
+         + f"@media(max-width:520px){{{_NARROW}}}@media(prefers-color-scheme:dark){{{_colours('dark')}}}</style>")
 
 def row(check: Check) -> str:
     """One check as HTML."""
@@ -85,7 +92,7 @@ class Checkup:
     @property
     def headline(self) -> str:
         """How many were fine, and which were not."""
-        return ", ".join(f"{count} {WORDS[verdict]}" for verdict in ("failed", "warning", "ok", "skipped") if (count := len(self.of(verdict))))
+        return ", ".join(f"{len(self.of(verdict))} {WORDS[verdict]}" for verdict in VERDICTS if self.of(verdict))
 
     def of(
         self,
@@ -117,8 +124,8 @@ class Checkup:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        counts = "".join(f"<span>{mark(verdict)}{count} {WORDS[verdict]}</span>" for verdict in ("failed", "warning", "ok", "skipped")
-                         if (count := len(self.of(verdict))))
+        numbers = {verdict: len(self.of(verdict)) for verdict in VERDICTS}
+        counts = "".join(f"<span>{mark(verdict)}{number} {WORDS[verdict]}</span>" for verdict, number in numbers.items() if number)
         head = f"<div class='head'><b>Checkup</b>{counts}<span class='faint'>{escape(self.about)}</span></div>"
         return f"{STYLE}<div class='arc-checkup'>{head}{''.join(map(row, self.checks))}</div>"
 
@@ -138,8 +145,8 @@ def _ask_lr(seen: Seen, lr_find: Callable[[], tuple[Curve, Suggestion]] | None, 
     if lr_find is None: return Check("lr", "skipped", "Nobody looked for a learning rate.")
     needed = steps * seen.look.seconds
     if needed > budget.left:
-        return Check("lr", "skipped", f"{steps} steps would take about {needed:.0f} s, more than is left of the {budget.seconds:g} s of the checkup.",
-                     "trainer.lr_find() takes its time.")
+        told = f"{steps} steps would take about {needed:.0f} s, more than is left of the {budget.seconds:g} s of the checkup."
+        return Check("lr", "skipped", told, "trainer.lr_find() takes its time.")
     return check_lr(*lr_find(), seen.lr)
 
 def _about(seen: Seen, seconds: float) -> str:

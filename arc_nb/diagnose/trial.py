@@ -30,6 +30,7 @@ class Layer:
     """What came out of a module without children."""
     name: str
     kind: str
+    units: int  # columns of its output, channels of images
     std: float  # of its output
     spread: float  # how much of its size changes from row to row: 0 where every row gives the same
     silent: float | None = None  # share of a rectifier's units that gave 0 throughout
@@ -45,11 +46,11 @@ def layer_of(
 ) -> Layer:
     """The numbers of one output; units are columns of a table, channels of images, the last dimension of sequences."""
     values = output.detach().float()
+    units = values.movedim(1, -1) if values.ndim > 3 else values
     spread = float((values - values.mean(0)).square().mean().sqrt() / values.square().mean().sqrt().clamp(min=1e-30))
     sound, std = bool(torch.isfinite(values).all()), float(values.std(correction=0))
-    found = Layer(name or "model", type(module).__name__, std, spread, finite=sound)
+    found = Layer(name or "model", type(module).__name__, units.shape[-1] if units.ndim else 1, std, spread, finite=sound)
     if isinstance(module, RECTIFIERS) and values.ndim > 1:
-        units = values.movedim(1, -1) if values.ndim > 3 else values
         found.silent = float((units.reshape(-1, units.shape[-1]).amax(0) <= 0).float().mean())
     for kind, (low, high) in SQUASHED.items():
         if isinstance(module, kind): found.saturated = float(((values < low) | (values > high)).float().mean())
@@ -88,6 +89,7 @@ def heard(
     finally:
         for handle in handles: handle.remove()
 
+# %% ../../nbs/diagnose/36c_trial.ipynb #557efe6e
 def look(
     compute: Computation,
     batch: Batch,
@@ -101,19 +103,23 @@ def look(
         if storage.data_ptr() not in own: kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    model.zero_grad(set_to_none=True)
     with keeping_modes(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), heard(model, found):
         model.train()
-        model.zero_grad(set_to_none=True)
         began = time.perf_counter()
         loss = compute(batch)
         loss.backward()
         value, seconds = float(loss.detach()), time.perf_counter() - began
-    named = list(model.named_parameters())
-    wanted = {name: p.grad for name, p in named if p.requires_grad}
-    norms = {name: None if g is None else float(torch.linalg.vector_norm(g.to_dense().float())) for name, g in wanted.items()}
+    wanted, frozen = _norms(model)
+    sizes = {name: float(torch.linalg.vector_norm(p.detach().float())) for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    return Look(value, seconds, sum(kept.values()), norms, {name: float(torch.linalg.vector_norm(p.detach().float())) for name, p in named},
-                [name for name, p in named if not p.requires_grad], list(found.values()))
+    return Look(value, seconds, sum(kept.values()), wanted, sizes, frozen, list(found.values()))
+
+def _norms(model: nn.Module) -> tuple[dict[str, float | None], list[str]]:
+    """The norm of each gradient that is wanted, and the names of the parameters that want none."""
+    norm = lambda g: None if g is None else float(torch.linalg.vector_norm(g.to_dense().float()))
+    named = list(model.named_parameters())
+    return {name: norm(p.grad) for name, p in named if p.requires_grad}, [name for name, p in named if not p.requires_grad]
 
 # %% ../../nbs/diagnose/36c_trial.ipynb #a1a06837
 ROWS = 16
@@ -131,6 +137,7 @@ def uncompiled(
     """The same model and loss, without torch.compile."""
     return Computation(plain(compute.model), compute.objective, compute.step, compute.penalty, compute.precision)
 
+# %% ../../nbs/diagnose/36c_trial.ipynb #f1488d27
 @dataclass
 class Course:
     """How a loss went down, or did not."""
