@@ -124,18 +124,21 @@ def png(view: BoardView,       # what is shown
     axes.set_xlabel("step", color=c["faint"], fontsize=8)
     if any(l.name and l.role != "raw" for l in view.lines):
         axes.legend(frameon=False, fontsize=8, labelcolor=c["faint"], loc="lower right", bbox_to_anchor=(1, 1), ncols=4)
-    say = lambda x, y, text, ink, size, **how: figure.text(x, up(y), text.replace("$", r"\$"), color=c[ink], fontsize=size, **how)
+    _texts(view, lambda x, y, text, ink, size, **how: figure.text(x, up(y), text.replace("$", r"\$"), color=c[ink], fontsize=size, **how))
+    for i, one in enumerate(view.heats):
+        wide = .83 / len(view.heats)
+        _cells(figure.add_axes((.14 + i * wide, .25 / high, wide - .02, (below - .68) / high), facecolor=c["bg"]), one, c, named=i == 0)
+    figure.savefig(out, format="png", facecolor=c["bg"])
+    return out.getvalue()
+
+def _texts(view: BoardView, say: Any) -> None:
+    "Title, facts and cards; `say` takes x and y in parts of the board, text, ink and size."
     say(.03, .93, view.title, "fg", 11, weight="bold")
     say(.97, .93, view.state, "fg", 9, ha="right")
     say(.03, .865, "      ".join(f.replace("**", "") for f in view.facts), "faint", 8.5)
     for i, card in enumerate(view.cards[:6]):
         say(.77, .74 - i * .12, card.title, "faint", 8)
         say(.97, .74 - i * .12, f"{card.value} {card.unit}", "fg", 10, weight="bold", ha="right")
-    for i, one in enumerate(view.heats):
-        wide = .83 / len(view.heats)
-        _cells(figure.add_axes((.14 + i * wide, .25 / high, wide - .02, (below - .68) / high), facecolor=c["bg"]), one, c, named=i == 0)
-    figure.savefig(out, format="png", facecolor=c["bg"])
-    return out.getvalue()
 
 def _cells(axes: Any, one: Heat, c: dict[str, str], named: bool) -> None:
     "One heat map: the same shades as in the SVG."

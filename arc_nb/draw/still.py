@@ -78,6 +78,7 @@ def fact_line(facts: Sequence[str],  # with ** around what is stressed
             parts.append((text, "fg" if strong else "faint", 600 if strong else None, room))
     return rich(18, y, parts, 12.5) if parts else ""
 
+# %% ../../nbs/draw/22_still.ipynb #bb3067a6
 def card_column(cards: Sequence[Card],  # at most six are drawn
                 box: Box,               # where
                 x_range: tuple[float, float] | None = None,  # of the sparklines

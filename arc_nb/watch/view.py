@@ -160,6 +160,7 @@ class Look:
         view.heats = self.heats(view.span[1])
         return view
 
+# %% ../../nbs/watch/30_view.ipynb #916529a1
 def horizon(step: int,          # now
             steps: int | None,  # planned in all
             ) -> float:
