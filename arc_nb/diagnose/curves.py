@@ -55,10 +55,10 @@ def lr_too_high(seen: Evidence) -> Finding | None:
     early = bool(since) and since <= max(20, len(seen.train) // 10)
     if not early and wild < WILD: return None
     signs = ([f"the loss rose to {number(times)} times what it was at first"] if early else []) + (
-        [f"a step changed the weights of half of the layers by {number(wild)} times their own size"] if wild >= WILD else [])
+        [f"a step changed half of the layers by {number(wild)} times their own weights"] if wild >= WILD else [])
     return Finding("lr-too-high", "severe" if seen.broke or not seen.learned > 0.5 else "warning",
-                   {"loss_rose_to": times, "update_ratio": wild, "lr": seen.lr}, f"The learning rate seems too high: {', and '.join(signs)}.",
-                   advise("lr-too-high", lower=rate(seen.lr / 10)), picture=losses(seen), since=since or 1)
+                   {"loss_rose_to": times, "update_ratio": wild, "lr": seen.lr},
+                   f"The learning rate seems too high: {', and '.join(signs)}.", advise("lr-too-high", lower=rate(seen.lr / 10)), picture=losses(seen), since=since or 1)
 
 # %% ../../nbs/diagnose/37c_curves.ipynb #25eeb455
 PATH = 0.05  # times their own length; gallery: too low below 0.015, healthy runs from scratch at least 0.12
@@ -135,7 +135,8 @@ def overfitting(seen: Evidence) -> Finding | None:
     degree = sum(lost >= limit for limit in LOST) - 1 - still_good(seen)
     if degree < 0 or not len(before) or seen.train.end > before.mean(): return None
     told = f"from {number(best)} at step {since:,} to {number(best + rise)}, and the training loss fell on"
-    return Finding("overfitting", ("info", "warning", "severe")[degree], {"rise": rise, "lost": lost, "best": best, "train": seen.train.end},
+    numbers = {"rise": rise, "lost": lost, "best": best, "train": seen.train.end}
+    return Finding("overfitting", ("info", "warning", "severe")[degree], numbers,
                    f"The validation loss has risen {told}: {lost:.0%} of what had been gained is lost.", advise("overfitting"),
                    picture=losses(seen), since=since)
 
@@ -162,8 +163,8 @@ def underfitting(seen: Evidence) -> Finding | None:
     if not falling and not (learned < WEAK and resting(seen) and not apart): return None
     numbers = {"learned": learned, "fell_in_last_third": -train.trend(1 / 3).change}
     if not falling:
-        return Finding("underfitting", "warning", numbers, f"The loss has come to rest with {1 - learned:.0%} of it left, on training data too.",
-                       advise("underfitting"), picture=losses(seen))
+        return Finding("underfitting", "warning", numbers,
+                       f"The loss has come to rest with {1 - learned:.0%} of it left, on training data too.", advise("underfitting"), picture=losses(seen))
     longer = ["Train longer: trainer.fit(epochs=..., resume=True).", "Or faster: a higher learning rate (trainer.lr_find())."]
     return Finding("underfitting", "warning" if learned < 0.1 else "info", numbers,
                    f"The run ended too soon: the loss still falls, and {learned:.0%} of it is gone.", longer, picture=losses(seen))
@@ -212,5 +213,5 @@ def slow_data(seen: Evidence) -> Finding | None:
                    f"The training waits for its data {part:.0%} of the time: {duration(total * part)} of {duration(total)}.",
                    advise("slow-data"), picture=picture)
 
-RULES: list[Callable[[Evidence], Finding | None]] = [not_finite, lr_too_high, lr_too_low, not_learning, overfitting, underfitting, plateau,
-                                                     noisy_validation, slow_data]
+RULES: list[Callable[[Evidence], Finding | None]] = [
+    not_finite, lr_too_high, lr_too_low, not_learning, overfitting, underfitting, plateau, noisy_validation, slow_data]

@@ -128,7 +128,7 @@ class Asking(list[Finding]):
         return round(float(np.nansum(self._latest("dead") * units)))
 
     def avg_utilization(self) -> float:
-        """The mean share of units in use, over the layers: 1 - dormant (Sokar et al. 2023). ValueError where activations were not watched."""
+        """The mean share of units in use, over the layers: 1 - dormant (Sokar et al. 2023). ValueError without activations."""
         return float(np.nanmean(self._latest("utilisation")))
 
 # %% ../../nbs/diagnose/37b_report.ipynb #889749a7
