@@ -4,8 +4,8 @@ Each setting is a short training as people plan it: all of the steps under a sch
 rate is the median over 3 seeds; a training that ends in NaN counts as infinitely bad. Every rule is judged by the same trainings, with
 the rate that it found from the same seed.
 
-usage: python bench/lr_find.py [--smoke] [part of the name of a model ...]   writes bench/results/lr_find.json (not with --smoke); with
-names only their rows
+usage: python bench/lr_find.py [--smoke] [--noise] [part of the name of a model ...]   writes bench/results/lr_find.json (not with
+--smoke); with names only their rows; --noise measures again only how far a loss falls by chance. About 30 minutes on one core.
 """
 import json
 import math
@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from arc_nb import Trainer
-from arc_nb.engine.sweep import Curve, exponential, suggest, sweep
+from arc_nb.engine.sweep import Curve, exponential, noise, suggest, sweep, warm
 
 torch.set_num_threads(1)
 DATA = Path(os.environ.get("ARC_NB_DATA", Path(__file__).parents[1] / "../shared/data"))
@@ -152,14 +152,26 @@ class Setting:
         loss = trainer.evaluate(self.valid)["loss"]
         return loss if math.isfinite(loss) else math.inf
 
-    def suggested(self, seed):
-        """What each rule says after one sweep, the usual hundred steps."""
-        trainer, rates = self.trainer(seed), exponential()
+    def curve(self, seed, start=1e-7, end=10.0):
+        """A sweep of the usual hundred steps."""
+        trainer, rates = self.trainer(seed), exponential(start, end)
         trainer.model.train()
         batches = ((batch,) for number in count(10**9) for batch in trainer.setup.train.epoch(number))
         losses, ended = sweep(trainer.setup.step, batches, rates)
-        found = suggest(Curve(rates, [np.array(losses)], [ended]))
+        return Curve(rates, [np.array(losses)], [ended])
+
+    def suggested(self, seed):
+        """What each rule says after one sweep."""
+        found = suggest(self.curve(seed))
         return {"default": found.value} | found.marks
+
+    def falls(self, seeds):
+        """How far the smoothed loss falls, in parts of its noise: by chance, with rates too small to do anything, and when it learns."""
+        def fall(curve):
+            smooth = curve.mean[warm(curve.keep) - 1:]
+            return round(float((smooth[0] - smooth.min()) / noise(curve.losses[0], curve.keep)), 1)
+        return {"by_chance": max(fall(self.curve(seed, 1e-10, 1e-8)) for seed in seeds),
+                "learning": min(fall(self.curve(seed)) for seed in seeds)}
 
 
 def measure(setting, grid, seeds):
@@ -182,6 +194,7 @@ def measure(setting, grid, seeds):
         middle = statistics.median(losses)
         row["rules"][rule] = {"rates": [lr and float(f"{lr:.3g}") for lr in rates], "losses": plain(losses),
                               "above_best": None if math.isinf(middle) else round(middle - statistics.median(table[best]), 4)}
+    row["fall_over_noise"] = setting.falls(range(2 * len(seeds)))
     row["cpu_seconds"] = round(time.process_time() - began)
     return row
 
@@ -220,10 +233,21 @@ def met(row):
     return above is not None and above <= GOAL
 
 
+def noise_only(names):
+    """Measures the falls alone, for rows that are stored."""
+    path = Path(__file__).parent / "results" / "lr_find.json"
+    known = {row["setting"]: row for row in json.loads(path.read_text())["settings"]}
+    for setting in settings(names, None):
+        known[setting.name]["fall_over_noise"] = setting.falls(range(6))
+        print(setting.name, known[setting.name]["fall_over_noise"], flush=True)
+    store(known.values())
+
+
 def main():
     smoke, names = "--smoke" in sys.argv, [a for a in sys.argv[1:] if not a.startswith("--")]
     warnings.simplefilter("ignore")
     rows = []
+    if "--noise" in sys.argv: noise_only(names); return
     for setting in settings(names, 20 if smoke else None):
         rows.append(measure(setting, GRID[6:9] if smoke else GRID, SEEDS[:1] if smoke else SEEDS))
         print(told(rows[-1]), flush=True)

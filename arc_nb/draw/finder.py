@@ -6,7 +6,7 @@ Docs: https://arc-nb.github.io/arc_nb/draw/finder.html.md"""
 
 # %% auto #0
 __all__ = ['WIDTH', 'HEIGHT', 'LANE', 'Mark', 'FinderView', 'place_names', 'axes', 'lane', 'curves', 'marked', 'finder', 'noted',
-           'png', 'figure']
+           'named', 'png', 'figure']
 
 # %% ../../nbs/draw/25_finder.ipynb #ac041df2
 from collections.abc import Sequence
@@ -144,6 +144,12 @@ def noted(text: str) -> str:
     return ground + edge + "".join(words(32, first + 14 * k, line, "fg", 11.5) for k, line in enumerate(lines))
 
 # %% ../../nbs/draw/25_finder.ipynb #1ce7ce03
+def named(view: FinderView) -> list[tuple[Mark, bool, int]]:
+    "The marks, each with whether its name stands to its left, and the row of the name."
+    x, _, _ = axes(view)
+    begins, rows = lane(view.marks, x)
+    return [(mark, bool(x(np.array(mark.rate)) > begin), row) for mark, begin, row in zip(view.marks, begins, rows)]
+
 def png(view: FinderView,
         theme: str = "light",  # "light" or "dark"
         ) -> bytes:
@@ -152,24 +158,30 @@ def png(view: FinderView,
     from matplotlib.figure import Figure
     c, out = THEMES[theme], BytesIO()
     sheet = Figure(figsize=(8, 4.2), dpi=110, facecolor=c["bg"])
-    area = sheet.add_axes((.075, .13, .9, .6), facecolor=c["bg"])
+    area = sheet.add_axes((.075, .13, .9, .52), facecolor=c["bg"])
     for raw in view.raw: area.plot(view.rates[:len(raw)], raw, ".", color=c["train"], alpha=.3, markersize=3)
     at = view.rates[:len(view.mean)]
     if len(view.raw) > 1: area.fill_between(at, view.low, view.high, color=c["train"], alpha=.18, linewidth=0)
     area.plot(at, view.mean, color=c["train"], linewidth=1.6)
-    for mark in view.marks: area.axvline(mark.rate, color=c[mark.role], linewidth=1.4 if mark.strong else .8,
-                                         linestyle="--" if mark.name == "now" else "-", label=mark.text)
+    for mark, left, row in named(view):
+        area.axvline(mark.rate, 0, 1.06 + .06 * row, color=c[mark.role], linewidth=1.4 if mark.strong else .8, clip_on=False,
+                     linestyle="--" if mark.name == "now" else "-")
+        area.text(mark.rate, 1.03 + .06 * row, f" {mark.text} ", transform=area.get_xaxis_transform(), ha="right" if left else "left",
+                  color=c["fg" if mark.strong else "faint"], fontsize=7.5)
+    _plain(area, view, c)
+    sheet.text(.03, .93, f"Learning rate finder   {cut(view.name, 44)}".replace("$", r"\$"), color=c["fg"], fontsize=11, weight="bold")
+    if view.note: sheet.text(.03, .02, cut(view.note, 150).replace("$", r"\$"), color=c["fg"], fontsize=7)
+    sheet.savefig(out, format="png", facecolor=c["bg"])
+    return out.getvalue()
+
+def _plain(area: Any, view: FinderView, c: dict[str, str]) -> None:
+    "The axes of the house."
     area.set(xscale="log", xlim=(view.rates[0], view.rates[-1]), ylim=view.span)
     area.tick_params(colors=c["faint"], labelsize=8, length=0, which="both")
     area.grid(axis="y", color=c["line"], linewidth=.8)
     area.spines[:].set_visible(False)
     area.set_xlabel("learning rate", color=c["faint"], fontsize=8)
     area.set_ylabel("loss", color=c["faint"], fontsize=8)
-    area.legend(frameon=False, fontsize=8, labelcolor=c["faint"], loc="lower right", bbox_to_anchor=(1, 1), ncols=4)
-    sheet.text(.03, .93, f"Learning rate finder   {cut(view.name, 44)}".replace("$", r"\$"), color=c["fg"], fontsize=11, weight="bold")
-    if view.note: sheet.text(.03, .02, cut(view.note, 150).replace("$", r"\$"), color=c["fg"], fontsize=7)
-    sheet.savefig(out, format="png", facecolor=c["bg"])
-    return out.getvalue()
 
 # %% ../../nbs/draw/25_finder.ipynb #88d3bf9a
 def figure(view: FinderView,
@@ -186,12 +198,13 @@ def figure(view: FinderView,
         out.add_scatter(x=np.r_[at, at[::-1]], y=np.r_[view.low, view.high[::-1]], fill="toself", mode="none", fillcolor=c["train"],
                         opacity=.2, name="band", hoverinfo="skip")
     out.add_scatter(x=at, y=view.mean, name="smoothed", line={"color": c["train"], "width": 2})
-    for k, mark in enumerate(sorted(view.marks, key=lambda m: m.rate)):
+    for mark, left, row in named(view):
         pen = {"color": c[mark.role], "width": 2 if mark.strong else 1, "dash": "dash" if mark.name == "now" else "solid"}
-        out.add_vline(x=mark.rate, line=pen)
-        out.add_annotation(x=math.log10(mark.rate), y=1 + .05 * (k % 4), xref="x", yref="paper", text=mark.text, showarrow=False,
-                           xanchor="left", yanchor="bottom", font={"color": c["fg" if mark.strong else "faint"], "size": 11})
-    out.update_layout(template=template(theme), height=440, xaxis_title="learning rate", yaxis_title="loss", margin={"t": 110},
-                      hovermode="closest", yaxis_range=view.span, legend={"y": 1.25})
-    out.update_xaxes(type="log", exponentformat="power")
+        out.add_shape(type="line", x0=mark.rate, x1=mark.rate, y0=0, y1=1.03 + .05 * row, yref="paper", line=pen)
+        out.add_annotation(x=math.log10(mark.rate), y=1 + .05 * row, yref="paper", text=mark.text, showarrow=False, yanchor="bottom",
+                           xanchor="right" if left else "left", xshift=-4 if left else 4,
+                           font={"color": c["fg" if mark.strong else "faint"], "size": 11})
+    out.update_layout(template=template(theme), height=460, xaxis_title="learning rate", yaxis_title="loss", margin={"t": 140},
+                      hovermode="closest", yaxis_range=view.span, legend={"y": 1.42, "yanchor": "top"})
+    out.update_xaxes(type="log", exponentformat="power", range=np.log10(view.rates[[0, -1]]).tolist())
     return out
