@@ -24,28 +24,30 @@ WAITS = ("aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_n
 
 
 
-def fits(trainer, epochs, watch):
-    """CPU seconds of the steps of a fit, watched or not."""
+def fits(setting, home, epochs, watch):
+    """A new Trainer, and the CPU seconds of the steps of its first fit, watched or not."""
+    name, make, data, batch, loss, _, _ = setting
+    trainer = Trainer(fresh(make), data, loss=loss, batch_size=batch, run=f"{home}/{name}", board="widget", callbacks=[Clock()])
     plain = trainer.fit
     trainer.fit = lambda epochs: plain(epochs=epochs, watch=watch)
-    try: return fit(trainer, epochs)[0]
-    finally: del trainer.fit
+    return trainer, fit(trainer, epochs)[0]
 
 
 def overhead(setting, pairs, home, seconds):
     """The ratio of CPU time, its interval, and what the account of the probes says."""
-    name, make, data, batch, loss, _, epochs = setting
-    trainer = Trainer(fresh(make), data, loss=loss, batch_size=batch, run=f"{home}/{name}", board="widget", callbacks=[Clock()])
-    once = fits(trainer, epochs, False)
+    rows, batch, epochs = len(setting[2][0]), setting[3], setting[6]
+    for _ in range(2): _, once = fits(setting, home, epochs, False)
     epochs = max(epochs, round(epochs * seconds / once))  # long enough that a fit is a fit, and not its beginning
-    found = {False: [], True: []}
+    found, shares, layers = {False: [], True: []}, [], None
     for k in range(pairs):
-        for watch in random.Random(k).sample([False, True], 2): found[watch].append(fits(trainer, epochs, watch))
+        for watch in random.Random(k).sample([False, True], 2):
+            trainer, took = fits(setting, home, epochs, watch)
+            found[watch].append(took)
+            if watch: layers = trainer.layers; shares.append(layers.share)
     ratios = [w / n for w, n in zip(found[True], found[False])]
-    layers, steps = trainer.layers, epochs * -(-len(data[0]) // batch)
-    return {"ratio": interval(ratios), "pairs": pairs, "steps_a_fit": steps, "layers": len(layers.names),
-            "seconds_a_fit": round(statistics.median(found[False]), 2), "own_account": round(layers.share, 4),
-            "samples_in_all": len(layers.steps)}
+    return {"ratio": interval(ratios), "pairs": pairs, "steps_a_fit": epochs * -(-rows // batch), "layers": len(layers.names),
+            "seconds_a_fit": round(statistics.median(found[False]), 2), "own_account": round(statistics.median(shares), 4),
+            "samples_a_fit": len(layers.steps)}
 
 
 class Count(TorchDispatchMode):

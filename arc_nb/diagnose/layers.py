@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .samples import QUANTITIES, Layer, Samples, check_quantity, noise_scale
-from ..draw.heat import Heat, heat, heat_figure, thin
+from ..draw.heat import Heat, evenly, heat, heat_figure, thin
 from ..draw.svg import Line, chart
 from ..engine.history import append, new_lines
 from ..engine.telling import warn
@@ -77,13 +77,15 @@ class Maps(Samples):
         owners = [k for k, layer in enumerate(self.layers) if layer.parameters]
         names = [name for name in names if name in self.quantities]
         if not owners or not names: return []
-        groups = [range(a, b) for a, b in zip(owners, [*owners[1:], len(self.layers)])]
+        groups = [(a, b) for a, b in zip(owners, [*owners[1:], len(self.layers)])]
+        shown = [groups[k] for k in evenly(len(groups), rows)]
         maps = []
         for name in names:
             values = self.values(name)
-            folded = np.stack([np.fmax.reduce(values[:, list(g)], axis=1) for g in groups], 1)
-            maps.append(thin(self._map(name, [self.names[k] for k in owners],
-                                       *columns_of(self.steps, folded, span or float(max(self.rows)), columns)), rows))
+            folded = np.stack([np.fmax.reduce(values[:, a:b], axis=1) for a, b in shown], 1)
+            cells = columns_of(self.steps, folded, span or float(max(self.rows)), columns)
+            maps.append(self._map(name, [self.names[a] for a, _ in shown], *cells))
+            maps[-1].left_out = len(groups) - len(shown)
         return maps
 
 # %% ../../nbs/diagnose/34_layers.ipynb #d306c2ed
@@ -129,8 +131,7 @@ class Pictures(Maps):
         return f"Layers({len(self.layers)} layers, {last}, {known}; cost {100 * self.share:.1f} %)"
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        picture = self.still()
-        return {"text/plain": repr(self)} | ({"image/svg+xml": picture} if picture else {})
+        return {"text/plain": repr(self)} | ({"image/svg+xml": picture} if (picture := self.still()) else {})
 
     def frame(self) -> "pd.DataFrame":
         """step, layer, name, value: a row a measured value."""

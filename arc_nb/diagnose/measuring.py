@@ -41,9 +41,11 @@ class Plan:
         self.units = {at[id(m.weight)]: k for k, (_, m) in enumerate(self.layers)  # rows of these weights are units
                       if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)) and not getattr(m, "transposed", False) and id(m.weight) in at}
         self.order = list(range(len(self.layers)))  # of the layers, as they are used
+        self.told = False  # whether that is known
 
     def follow(self, used: dict[int, int]) -> None:
         """Brings the layers into the order in which they were used; those that were not stay behind their neighbours."""
+        self.told = bool(used)
         place, last = {}, -1
         for k in range(len(self.layers)): place[k] = last = used.get(k, last)
         self.order = sorted(range(len(self.layers)), key=lambda k: (place[k], k))
@@ -108,7 +110,8 @@ class Blocks:
         """Which units got a gradient, for layers whose activation does not tell by itself whether they are alive."""
         for k, layer in self.plan.units.items():
             if k in have and have[k].dim() > 1 and layer not in self.outputs.active and layer not in self.plan.told_after:
-                self.grown[layer] = torch.linalg.vector_norm(have[k].flatten(1), math.inf, 1) > 0
+                grew = torch.linalg.vector_norm(have[k].flatten(1), math.inf, 1) > 0
+                self.grown[layer] = grew | ~grew.any()  # where nothing arrives, the fault lies further on
 
     def spreads_of(self, what: str, tensors: dict[int, Tensor]) -> None:
         """Values of each layer's first parameter, where histograms are wanted."""
@@ -137,6 +140,7 @@ class Listening(Blocks):
         if self.heard: return
         began, self.heard = thread_time(), True
         self.outputs.__exit__()
+        if not self.plan.told: self.plan.follow(self.outputs.order)
         have = {k: values_of(g) for k, g in zip(self.plan.places, grads) if k is not None and g is not None}
         if "gradients" in self.names: self.gradients(have)
         if "activations" in self.names: self.rows(have)
