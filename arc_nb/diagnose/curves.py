@@ -30,7 +30,7 @@ def not_finite(seen: Evidence) -> Finding | None:
     step = int(train.steps[-1]) if len(train) else 0
     data = "data" in cause and not found
     first = ["Look for missing values in the data: a NaN in one row spoils all weights."] if data else []
-    numbers = {"last_good_step": float(step), "last_good_loss": float(train.values[-1]) if len(train) else math.nan}
+    numbers = {"last_good_step": step, "last_good_loss": float(train.values[-1]) if len(train) else math.nan}
     advice = advise("nan", *first, where=f", in layer {found[1]}" if found else "")
     return Finding("nan", "severe", numbers, f"Training stopped: {cause}.", advice, found[1] if found else None, losses(seen), step)
 
@@ -58,7 +58,8 @@ def lr_too_high(seen: Evidence) -> Finding | None:
         [f"a step changed half of the layers by {number(wild)} times their own weights"] if wild >= WILD else [])
     return Finding("lr-too-high", "severe" if seen.broke or not seen.learned > 0.5 else "warning",
                    {"loss_rose_to": times, "update_ratio": wild, "lr": seen.lr},
-                   f"The learning rate seems too high: {', and '.join(signs)}.", advise("lr-too-high", lower=rate(seen.lr / 10)), picture=losses(seen), since=since or 1)
+                   f"The learning rate seems too high: {', and '.join(signs)}.",
+                   advise("lr-too-high", lower=rate(seen.lr / 10)), picture=losses(seen), since=since or 1)
 
 # %% ../../nbs/diagnose/37c_curves.ipynb #25eeb455
 PATH = 0.05  # times their own length; gallery: too low below 0.015, healthy runs from scratch at least 0.12
@@ -94,7 +95,7 @@ def not_learning(seen: Evidence) -> Finding | None:
     train, valid, base = seen.train, seen.valid, abs(seen.base)
     if len(train) < 10 or seen.progress < EARLY: return None
     best = float(valid.smooth(3).min()) if len(valid) else math.nan
-    better = valid.start - valid.end > max(0.06 * base, 3 * np.nan_to_num(valid.noise))
+    better = min(valid.start, 1.25 * base) - valid.end > max(0.06 * base, 3 * np.nan_to_num(valid.noise))
     stuck = seen.gain < max(3 * train.error, NOTHING * base) and not seen.falling() and not better
     worse = valid.end > seen.base  # than a constant prediction
     alone = len(valid) >= 4 and not better and seen.base - best < (0.15 if worse else 0.05) * base
@@ -164,7 +165,8 @@ def underfitting(seen: Evidence) -> Finding | None:
     numbers = {"learned": learned, "fell_in_last_third": -train.trend(1 / 3).change}
     if not falling:
         return Finding("underfitting", "warning", numbers,
-                       f"The loss has come to rest with {1 - learned:.0%} of it left, on training data too.", advise("underfitting"), picture=losses(seen))
+                       f"The loss has come to rest with {min(1, 1 - learned):.0%} of it left, on training data too.",
+                       advise("underfitting"), picture=losses(seen))
     longer = ["Train longer: trainer.fit(epochs=..., resume=True).", "Or faster: a higher learning rate (trainer.lr_find())."]
     return Finding("underfitting", "warning" if learned < 0.1 else "info", numbers,
                    f"The run ended too soon: the loss still falls, and {learned:.0%} of it is gone.", longer, picture=losses(seen))
@@ -180,12 +182,12 @@ def plateau(seen: Evidence) -> Finding | None:
     why = f": at step {since:,} the schedule had taken the learning rate to a hundredth" if early else ""
     first = ["Let the schedule end with the run: one_cycle, cosine and linear do so by themselves."] if early else []
     return Finding("plateau", "warning" if early else "info",
-                   {"since": float(since), "share_of_run": 1 - since / train.steps[-1], "learned": seen.learned},
+                   {"since": since, "share_of_run": 1 - since / train.steps[-1], "learned": seen.learned},
                    f"The training loss has stood still since about step {since:,}{why}.", advise("plateau", *first),
                    picture=losses(seen), since=since)
 
 # %% ../../nbs/diagnose/37c_curves.ipynb #5a67600f
-NOISY = (0.085, 0.03)  # of the level, and of all that it came down; gallery: noisy above (0.10, 0.04), healthy below one of the two
+NOISY = (0.05, 0.0165)  # of the level, and of all that it came down; gallery: noisy above (0.057, 0.022), healthy below one of the two
 
 def noisy_validation(seen: Evidence) -> Finding | None:
     """Validations in a row differ by a good part of the loss itself."""
@@ -193,9 +195,9 @@ def noisy_validation(seen: Evidence) -> Finding | None:
     if len(valid) < 6: return None
     level = float(np.median(np.abs(valid.values[len(valid) // 3:])))
     gain = max(seen.base, valid.start) - float(valid.values.min())
-    if not (valid.noise > NOISY[0] * level and valid.noise > NOISY[1] * gain): return None
-    return Finding("noisy-validation", "warning", {"noise": valid.noise, "level": level, "gain": gain},
-                   f"Two validations in a row differ by about {number(1.4 * valid.noise)}, with a loss of {number(level)}.",
+    if not (valid.tremor > NOISY[0] * level and valid.tremor > NOISY[1] * gain): return None
+    return Finding("noisy-validation", "warning", {"noise": valid.tremor, "level": level, "gain": gain},
+                   f"Two validations in a row differ by about {number(1.4 * valid.tremor)}, with a loss of {number(level)}.",
                    advise("noisy-validation"), picture=losses(seen))
 
 # %% ../../nbs/diagnose/37c_curves.ipynb #3989aeff

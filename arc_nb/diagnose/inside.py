@@ -52,7 +52,7 @@ def vanishing(seen: Evidence) -> Finding | None:
     fall = thirds(values)
     if not fall < FALL: return None
     times = number(1 / max(fall, 1e-30))
-    return Finding("vanishing-gradients", spoiled(seen), {"first_over_last": fall, "layers": float(len(names)), "learned": seen.learned},
+    return Finding("vanishing-gradients", spoiled(seen), {"first_over_last": fall, "layers": len(names), "learned": seen.learned},
                    f"From the last layers to the first the gradient falls by a factor of {times}: the first layers cannot learn.",
                    advise("vanishing-gradients"), names[0], by_layer(names, values), int(seen.layers.steps[0]))
 
@@ -112,13 +112,14 @@ def dead_units(seen: Evidence) -> Finding | None:
     layer, share, values = worst(seen, "dead")
     if not share >= HALF: return None
     first = float(values[np.isfinite(values)][0])
-    born, units = first >= HALF, seen.layers.layers[seen.layers.names.index(layer)].units or 0
+    at = seen.layers.names.index(layer)
+    born, units = first >= HALF, next((own.units for own in reversed(seen.layers.layers[:at + 1]) if own.units), 0)
     cause = ("The initialisation: a bias far below 0 switches units off." if born else
              "A smaller learning rate: one step that is too large switches units off for good.")
     when = ", from the first step on" if born else ""
-    return Finding("dead-units", spoiled(seen), {"dead": share, "dead_at_first": first, "units": float(units)},
+    return Finding("dead-units", spoiled(seen), {"dead": share, "dead_at_first": first, "units": units},
                    f"{share:.0%} of the units of layer {layer} were never active{when}.", advise("dead-units", cause), layer,
-                   over_time(seen, f"Dead units of {layer}, share", values), int(seen.layers.steps[0]))
+                   over_time(seen, f"Dead units of layer {layer}, share", values), int(seen.layers.steps[0]))
 
 def saturation(seen: Evidence) -> Finding | None:
     """Half of a layer's activations or more are in the flat part of their function."""
@@ -126,7 +127,7 @@ def saturation(seen: Evidence) -> Finding | None:
     if not share >= HALF: return None
     return Finding("saturation", spoiled(seen), {"saturated": share, "saturated_middle": float(np.nanmedian(values))},
                    f"{share:.0%} of the activations of layer {layer} are in the flat part of their function: no gradient comes through.",
-                   advise("saturation"), layer, over_time(seen, f"Saturated activations of {layer}, share", values),
+                   advise("saturation"), layer, over_time(seen, f"Saturated activations of layer {layer}, share", values),
                    int(seen.layers.steps[0]))
 
 # %% ../../nbs/diagnose/37d_inside.ipynb #17f2c821
@@ -143,7 +144,7 @@ def unused(seen: Evidence) -> Finding | None:
         silent = [layer.name for layer, none in zip(seen.layers.layers, never) if none and layer.trained and layer.parameters]
     if not silent and not forgotten: return None
     told = f"No gradient ever reached {listed(silent, 4)}." if silent else f"The optimizer was not given {listed(forgotten, 4)}."
-    numbers = {"without_gradient": float(len(silent)), "not_in_optimizer": float(len(forgotten))}
+    numbers = {"without_gradient": len(silent), "not_in_optimizer": len(forgotten)}
     advice = advise("unused-parameters")
     return Finding("unused-parameters", "warning", numbers, told, advice if silent else advice[::-1], (silent or forgotten)[0], since=1)
 
@@ -157,7 +158,7 @@ def frozen(seen: Evidence) -> Finding | None:
     behind = [own[k] for k in still if k > first]
     if not behind or len(still) > len(own) / 2: return None
     share, last = sum(layer.parameters for layer in behind) / sum(layer.parameters for layer in own), behind[-1]
-    return Finding("frozen-layer", "warning", {"layers": float(len(behind)), "share_of_parameters": share},
+    return Finding("frozen-layer", "warning", {"layers": len(behind), "share_of_parameters": share},
                    f"Layer {last.name} ({last.kind}) is frozen, although layers before it are trained.",
                    advise("frozen-layer", name=last.name), last.name, since=1)
 
@@ -175,7 +176,7 @@ def overlap(seen: Evidence) -> Finding | None:
     share, alike = told_by(seen, "overlap", 0.0), told_by(seen, "repeated", 0.0)
     if share < SHARED[0]: return None
     severity = "info" if alike > share / 2 else "severe" if share >= SHARED[1] else "warning"
-    return Finding("overlap", severity, {"share": share, "rows": float(told_by(seen, "overlap_rows", 0)), "repeated_in_train": alike},
+    return Finding("overlap", severity, {"share": share, "rows": int(told_by(seen, "overlap_rows", 0)), "repeated_in_train": alike},
                    f"{share:.0%} of the validation rows are training rows too: the validation loss is better than it would be on new data.",
                    advise("overlap"), picture=losses(seen))
 
@@ -184,7 +185,7 @@ def imbalance(seen: Evidence) -> Finding | None:
     times, classes = told_by(seen, "imbalance", 0.0), told_by(seen, "classes", {})
     if times < IMBALANCE or not classes: return None
     rare, rows = min(classes.items(), key=lambda pair: pair[1])
-    return Finding("class-imbalance", "warning", {"largest_over_smallest": times, "smallest": float(rows)},
+    return Finding("class-imbalance", "warning", {"largest_over_smallest": times, "smallest": rows},
                    f"The largest class has {number(times)} times as many rows as class {rare}: a model that never says {rare} has a good "
                    "accuracy.", advise("class-imbalance"))
 
@@ -193,7 +194,7 @@ def not_scaled(seen: Evidence) -> Finding | None:
     names = list(told_by(seen, "badly_scaled", ()))
     if not names or told_by(seen, "normalised", False): return None
     far = max((f for f in seen.facts.inputs if f.name in names), key=lambda f: f.size)
-    return Finding("inputs-not-scaled", spoiled(seen), {"columns": float(len(names)), "mean": far.mean, "std": far.std},
+    return Finding("inputs-not-scaled", spoiled(seen), {"columns": len(names), "mean": far.mean, "std": far.std},
                    f"Inputs are not scaled: {listed(names, 3)}. The mean of {far.name} is {number(far.mean)}, its standard deviation "
                    f"{number(far.std)}.", advise("inputs-not-scaled"), picture=losses(seen))
 
@@ -202,7 +203,7 @@ def leak(seen: Evidence) -> Finding | None:
     found = list(told_by(seen, "leaks", ()))
     if not found: return None
     name, score = found[0]
-    return Finding("leak", "warning", {"columns": float(len(found)), "score": float(score)},
+    return Finding("leak", "warning", {"columns": len(found), "score": float(score)},
                    f"By itself, {name} tells the target (score {score:.3f} of 1): would it be known when the model is used?",
                    advise("leak", name=name))
 
