@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from .check import VERDICTS, Budget, Check, Seen
 from .datachecks import DATA_CHECKS
-from .facts import Facts
+from .facts import Facts, plain
 from .passchecks import check_gradients, check_initialisation
 from .trychecks import check_device, check_lr, check_memory, check_one_batch
 from ..draw.svg import THEMES
@@ -147,7 +147,10 @@ def _ask_lr(seen: Seen, lr_find: Callable[[], tuple[Curve, Suggestion]] | None, 
     if needed > budget.left:
         told = f"{steps} steps would take about {needed:.0f} s, more than is left of the {budget.seconds:g} s of the checkup."
         return Check("lr", "skipped", told, "trainer.lr_find() takes its time.")
-    return check_lr(*lr_find(), seen.lr)
+    compiled = seen.compute.model
+    seen.compute.model = plain(compiled)  # compiling may take longer than the whole checkup
+    try: return check_lr(*lr_find(), seen.lr)
+    finally: seen.compute.model = compiled
 
 def _about(seen: Seen, seconds: float) -> str:
     model, rows = seen.plain.model, seen.facts.rows

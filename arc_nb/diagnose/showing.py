@@ -80,7 +80,8 @@ def _cells(rows: Sequence[Sequence[str]], width: int, last: bool) -> tuple[float
         for j, text in enumerate(row):
             strong = last and j == len(row) - 1
             ink = "train" if strong else "faint" if k == 0 else "fg"
-            parts.append(words(16 + step * (j + 1), y, cut(text, max(4, int(step / 8.2))), ink, 11.5, "end", 600 if strong else None))
+            shown = text if strong else cut(text, max(4, int(step / 8.2)))
+            parts.append(words(16 + step * (j + 1), y, shown, ink, 11.5, "end", 600 if strong else None))
     return 14 + 19.0 * len(rows), "".join(parts)
 
 def _table(inputs: Tensor, labels: Sequence[str], names: Sequence[str] | None, width: int) -> tuple[float, str]:

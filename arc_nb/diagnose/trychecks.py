@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .check import Budget, Check, Seen, drawn
+from .check import Budget, Check, Seen, drawn, marked
 from .guess import class_baseline, count_classes, number_baseline
 from .rows import CPU
 from .trial import ROWS, Course, by_heart, few, fresh
@@ -155,9 +155,10 @@ def _range(curve: Curve, best: float | None, lr: float) -> str:
     middle = float(np.median(smooth))
     top = middle + max(middle - smooth.min(), 0.1 * abs(middle), 1e-9)
     rates = np.asarray(curve.rates, float)[:len(raw)]
-    marks = sorted((x, name) for x, name in ((lr, "now"), (best, "suggested")) if x)
+    span = (float(min(rates[0], lr)), float(max(rates[-1], lr)))
+    marks = [(x, name) for x, name in ((lr, "now"), (best, "suggested")) if x]
     lines = [Line("", rates, np.minimum(raw, top), "raw"), Line("", rates, np.minimum(smooth, top), "train")]
-    return drawn("loss by learning rate", lines, log_x=True, epochs=marks, x_range=(float(min(rates[0], lr)), float(max(rates[-1], lr))))
+    return drawn("loss by learning rate", lines, marked(marks, span), log_x=True, x_range=span)
 
 # %% ../../nbs/diagnose/36g_trychecks.ipynb #b4253fa7
 def check_device(seen: Seen) -> Check:
