@@ -1,4 +1,5 @@
 """Watching a run's layers: nothing of the training changes, whatever the step is; what was put on comes off; what is kept stays bounded."""
+import gc
 import json
 import os
 import subprocess
@@ -6,6 +7,7 @@ import sys
 import tempfile
 import threading
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ def wide() -> nn.Module:
 
 STEPS: dict[str, dict[str, Any]] = {
     "adamw": {}, "sgd": dict(optimizer=("sgd", {"momentum": 0.9})), "lbfgs": dict(optimizer="lbfgs", lr=0.1),
-    "accumulate": dict(accumulate=3), "clipped": dict(clip_norm=0.05), "bf16": dict(precision="bf16"), "l2": dict(l2=1e-3),
+    "accumulate": dict(accumulate=3), "fp16": dict(precision="fp16"), "clipped": dict(clip_norm=0.05), "bf16": dict(precision="bf16"), "l2": dict(l2=1e-3),
     "one_cycle": dict(schedule="one_cycle"), "metrics": dict(train_metrics=["accuracy"]),
 }
 
@@ -244,6 +246,23 @@ def test_a_second_fit_goes_on_in_the_same_layers(tmp_path: Path) -> None:
     t.fit(epochs=1, watch=Probes(share=1.0))
     t.fit(epochs=1, watch=Probes(share=1.0))
     assert t.layers.steps.tolist() == list(range(1, 9)) == Layers.read(tmp_path / "run").steps.tolist()
+
+
+def test_nothing_of_the_model_is_held_after_a_fit() -> None:
+    t = trainer(wide(), classes())
+    probes = Probes(share=1.0)
+    t.fit(epochs=1, watch=probes)
+    model = weakref.ref(t.model)
+    probes.owner = None  # who it was is known, so that its next fit goes on
+    del t
+    gc.collect()
+    assert model() is None and len(probes.layers.steps) == 4
+
+
+def test_two_listeners_do_not_meet() -> None:
+    t = trainer(wide(), classes(), callbacks=[Probes("gradients", share=1.0)])
+    t.fit(epochs=1, watch=Probes("weights", share=1.0))
+    assert t.setup.step.heard is None and bare(t)
 
 
 def test_a_disk_that_refuses_is_told_once(tmp_path: Path) -> None:

@@ -168,7 +168,8 @@ class Attaching(Callback):
         layers.describe(self.plan.described)
 
     def attach(self, step: int) -> None:
-        """Looks at the step that begins, counted from 1."""
+        """Looks at the step that begins, counted from 1; where somebody else listens already, not."""
+        if self.step.heard is not None: return
         began = thread_time()
         spread = step - self.last_spread >= max(16, step / 8)
         if spread: self.last_spread = step
