@@ -26,7 +26,7 @@ from .engine.events import Callback
 from .engine.goal import check_whole
 from .engine.loaders import apart
 from .engine.randomness import keyed_seed, seed_all, seeded
-from .engine.scaling import standardised
+from .engine.scaling import Standardised, standardised
 from .engine.step import keeping_modes
 from .engine.sweep import Curve, Suggestion, exponential, suggest, sweep
 from .engine.telling import warn
@@ -163,6 +163,7 @@ class Seeing(Knowing):
     def _clip(self, limit: float) -> None: self.setup.step.clip_norm = limit
 
     def _normalise(self) -> None:
+        if isinstance(self.model, Standardised): raise ValueError("the inputs are scaled already, by the layer in front of the model")
         with apart(self.setup.train), seeded(self.setup.given["seed"]): model = standardised(self.model, self.setup.train)
         self.setup.put_in_place(model)
         self._facts = None
@@ -186,7 +187,9 @@ class Seeing(Knowing):
     def listeners(self) -> list[Callback]:
         """The callbacks of a fit; where somebody watches, the worst finding is told while it goes on."""
         if not self._probes: return super().listeners()
-        if isinstance(self.setup.train, TensorBatches): self._facts = self.facts  # before the start, since afterwards the data are in use
+        try:  # before the start, since afterwards the data are in use; what is said of them is worth less than the training
+            if isinstance(self.setup.train, TensorBatches): self._facts = self.facts
+        except Exception as error: warn(f"nothing will be said of the data: {type(error).__name__}: {error}", RuntimeWarning)
         return [*super().listeners(), Telling()]
 
 # %% ../nbs/40g_seeing.ipynb #8d729faf

@@ -209,6 +209,7 @@ def test_the_remedies_do_what_they_say(tmp_path):
     remedies["best"](); assert t.evaluate(t.setup.given["valid"] if not isinstance(t.setup.given["valid"], float) else (x, y))["loss"] < 10 * best
     before = t.predict(x)
     remedies["normalise"]()
+    with pytest.raises(ValueError, match="scaled already"): remedies["normalise"]()
     assert not torch.equal(t.predict(x), before) and t.model.scaling.spread[1] > 100
     t.fit(epochs=2)
     assert t.predict(x).shape == (200, 3) and not t.facts.badly_scaled
