@@ -321,7 +321,7 @@ def test_the_page_is_sound_and_says_everything() -> None:
     reader.feed(html)
     assert not reader.open and not {"script", "b>age"} & reader.seen and "&lt;script&gt;" in html
     for check in found: assert TITLES[check.name] in html and check.told.split("<")[0][:20] in repr(found)
-    assert html.count('class="mark') >= len(found) and 'aria-label="to look at"' in html  # a shape with a name, not a colour alone
+    assert html.count('class="mark') >= len(found) and "Leaks<span class='say'> (to look at)</span>" in html  # not by colour alone
     assert "prefers-color-scheme:dark" in html and len(html) < 60_000
     assert list(found.frame().name) == list(TITLES) and found["leaks"].verdict == "warning" and "<script>" in found["leaks"].told
     with pytest.raises(KeyError, match="no check is called 'leak'"): found["leak"]

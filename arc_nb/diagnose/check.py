@@ -83,7 +83,7 @@ def marked(
     for k, (at, name) in enumerate(sorted(marks)):
         x, left = float(axis(np.array(at))), k == 0 and len(marks) > 1
         parts.append(tag("line", x1=x, x2=x, y1=PLOT.top, y2=PLOT.bottom, stroke="@faint", stroke_dasharray="3 3"))
-        parts.append(words(x - 5 if left else x + 5, PLOT.bottom - 6, name, "fg", 11, "end" if left else None))
+        parts.append(words(x - 5 if left else x + 5, PLOT.top + 9, name, "fg", 11, "end" if left else None))
     return "".join(parts)
 
 # %% ../../nbs/diagnose/36d_check.ipynb #a8825eca

@@ -43,8 +43,7 @@ _SHAPES = {
 
 def mark(verdict: str) -> str:
     """The verdict as a small shape."""
-    return (f'<svg class="mark {verdict}" width="16" height="16" viewBox="0 0 16 16" role="img" aria-label="{WORDS[verdict]}">'
-            f"{_SHAPES[verdict]}</svg>")
+    return f'<svg class="mark {verdict}" width="16" height="16" viewBox="0 0 16 16" aria-hidden="true">{_SHAPES[verdict]}</svg>'
 
 # %% ../../nbs/diagnose/38_checkup.ipynb #8e6cded1
 def _colours(theme: str) -> str:
@@ -60,6 +59,7 @@ _RULES = {
     ".head b": "font-size:15px;font-weight:600",
     ".head .mark": "vertical-align:-3px;margin-right:5px", ".row>.mark": "margin-top:2px", ".name": "font-weight:600",
     ".row": "display:grid;grid-template-columns:16px 124px minmax(0,1fr);gap:0 12px;padding:7px 0;border-top:1px solid",
+    ".say": "position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)",
     ".advice": "margin:5px 0 2px;padding:4px 9px;border-radius:4px", ".picture": "margin-top:4px",
     ".picture svg": "max-width:100%;height:auto;display:block;margin-left:-14px"}
 _NARROW = ".arc-checkup .row{grid-template-columns:16px minmax(0,1fr)}.arc-checkup .told{grid-column:2}"
@@ -71,8 +71,8 @@ def row(check: Check) -> str:
     advice = f"<div class='advice'>{escape(check.advice)}</div>" if check.advice else ""
     shown = f"<div class='picture'>{check.picture}</div>" if check.picture else ""
     told = f"<span class='faint'>{escape(check.told)}</span>" if check.verdict == "skipped" else escape(check.told)
-    return (f"<div class='row'>{mark(check.verdict)}<div class='name'>{escape(TITLES.get(check.name, check.name))}</div>"
-            f"<div class='told'>{told}{advice}{shown}</div></div>")
+    name = f"{escape(TITLES.get(check.name, check.name))}<span class='say'> ({WORDS[check.verdict]})</span>"
+    return f"<div class='row'>{mark(check.verdict)}<div class='name'>{name}</div><div class='told'>{told}{advice}{shown}</div></div>"
 
 # %% ../../nbs/diagnose/38_checkup.ipynb #a9e3859c
 class Checkup:
