@@ -1,7 +1,7 @@
 """A gallery of broken models, one fault each, beside healthy ones: what trainer.diagnose() calls them. Real data: scikit-learn's digits,
-wine, breast_cancer and diabetes, and from ARC_NB_DATA ETTh1 and tiny Shakespeare.
-Thresholds were set on one half of tables and seeds ("set"), and are reported on the other ("report"). A fault is right where the first or the
-second finding names it, a healthy model where nothing severe is found.
+wine, breast_cancer and diabetes, and from ARC_NB_DATA ETTh1 and tiny Shakespeare. Thresholds were set on one half of tables and seeds
+("set"), and are reported on the other ("report"). A fault is right where the first or the second finding names it, a healthy model where
+nothing severe is found.
 
 usage: python bench/gallery.py [--smoke]   writes bench/results/gallery.json (not with --smoke)
 """
@@ -28,13 +28,17 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from arc_nb import Trainer
+from arc_nb.diagnose.curves import rise_of, risen
+from arc_nb.diagnose.inside import profile, thirds, worst
+from arc_nb.diagnose.signs import path, update_ratio
 
 torch.set_num_threads(1)
 DATA = Path(os.environ.get("ARC_NB_DATA", Path(__file__).parents[2] / "shared/data"))
 HALVES = {"set": (("digits", "diabetes"), (0, 1)), "report": (("wine", "breast_cancer", "oil"), (6, 7))}
 # Two reports came before, and something was changed after each: hence fresh seeds, and the table oil from the second on.
-EARLIER = [{"tables": ["wine", "breast_cancer"], "seeds": [2, 3], "broken": {"right": 111, "missed": 11}, "healthy": {"right": 60, "false": 0},
-            "changed": "the rule not-learning; weight decay and two columns, which had done no harm, became other faults"},
+EARLIER = [{"tables": ["wine", "breast_cancer"], "seeds": [2, 3], "broken": {"right": 111, "missed": 11},
+            "healthy": {"right": 60, "false": 0},
+            "changed": "the rule not-learning; weight decay and two columns, which had done no harm, became others"},
            {"tables": ["wine", "breast_cancer", "oil"], "seeds": [4, 5], "broken": {"right": 173, "missed": 7},
             "healthy": {"right": 84, "false": 0},
             "changed": "noisy-validation measures the noise with heavy tails; a strong dropout, which did no harm, was left out"}]
@@ -488,22 +492,34 @@ def cases(half: str, seeds: tuple[int, ...]):
 def train(s: Setting, **more: Any) -> Trainer:
     "Trains in silence; a run that ends with NaN has said so in its status."
     torch.manual_seed(s.seed)
-    trainer = Trainer(s.model, s.train, s.valid, **quiet(s))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        trainer = Trainer(s.model, s.train, s.valid, **quiet(s))
         trainer.fit(**s.fit, **more)
     return trainer
+
+
+def measured(trainer: Trainer) -> dict[str, float]:
+    "The numbers that the thresholds divide."
+    seen = trainer.diagnose().seen
+    ratio, valid = update_ratio(seen), seen.valid
+    gain = max(seen.base, valid.start) - valid.values.min() if len(valid) else math.nan
+    found = {"update_ratio": np.nanmax(ratio, initial=0), "path": path(seen), "rise": risen(seen)[0], "profile": thirds(profile(seen)[1]),
+             "dead": worst(seen, "dead")[1], "saturated": worst(seen, "saturated")[1], "learned": seen.learned,
+             "start": seen.train.start / seen.base, "lost": rise_of(valid)[0] / gain, "tremor": valid.tremor / gain}
+    return {name: float(f"{value:.3g}") for name, value in found.items() if np.isfinite(value)}
 
 
 def judge(half: str, kind: str, name: str, codes: tuple[str, ...], s: Setting) -> dict[str, Any]:
     "A row of the table: what was found in one run, and whether that is right."
     began = time.process_time()
-    found = train(s, watch=True).diagnose()
+    trainer = train(s, watch=True)
+    found = trainer.diagnose()
     told = [f"{f.severity} {f.code}" + (f" < {f.because}" if f.because else "") for f in found]
     if kind == "broken": verdict = "right" if any(f.code in codes for f in found[:2]) else "missed"
     else: verdict = "false" if any(f.severity == "severe" for f in found) else "right"
     return {"half": half, "kind": kind, "name": name, "wanted": list(codes), "table": s.name, "seed": s.seed, "verdict": verdict,
-            "found": told, "seconds": round(time.process_time() - began, 2)}
+            "found": told, "measured": measured(trainer), "seconds": round(time.process_time() - began, 2)}
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

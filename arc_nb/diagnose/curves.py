@@ -159,7 +159,8 @@ def collapsed(seen: Evidence) -> int:
 def underfitting(seen: Evidence) -> Finding | None:
     """The loss still falls at the end, or rests with most of it left."""
     train, valid, learned, too_far = seen.train, seen.valid, seen.learned, overfitting(seen)
-    if len(train) < 10 or seen.progress != 1 or seen.broke or collapsed(seen) or (too_far and too_far.severity != "info"): return None
+    if len(train) < 10 or seen.progress != 1 or seen.broke or collapsed(seen): return None
+    if not_learning(seen) or (too_far and too_far.severity != "info"): return None
     falling, apart = seen.falling(), len(valid) > 0 and valid.end > 1.3 * train.end > 0
     if not falling and not (learned < WEAK and resting(seen) and not apart): return None
     numbers = {"learned": learned, "fell_in_last_third": -train.trend(1 / 3).change}

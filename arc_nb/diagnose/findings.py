@@ -38,7 +38,7 @@ def explain(found: list[Finding]) -> list[Finding]:
     for cause in reversed([c for c in causes if c in codes]):
         brought = [f.severity for f in found if f.because == cause]
         codes[cause].severity = min([codes[cause].severity, *brought], key=SEVERITIES.index)
-    return found
+    return [f for f in found if not (f.code == "lr-too-low" and f.because)]  # weights that stand still for another reason
 
 # %% ../../nbs/diagnose/37e_findings.ipynb #ecc9e73d
 def remedy(
