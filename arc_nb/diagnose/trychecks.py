@@ -166,7 +166,7 @@ def check_device(seen: Seen) -> Check:
     precision, batch = seen.compute.precision, seen.batch
     rows = seen.facts.rows
     whole = seen.look.seconds * rows / batch.rows if rows else 0.0
-    epoch = f", an epoch about {duration(whole) if whole >= 1 else 'a second'}" if rows else ""
+    epoch = f", an epoch about {duration(whole) if whole >= 1 else f'{1000 * whole:.0f} ms'}" if rows else ""
     taken = number(1000 * seen.look.seconds)
     told = f"{precision.device} in {precision.name}: a pass with {batch.rows} rows takes about {taken} ms{epoch}."
     evidence = {"device": str(precision.device), "precision": precision.name, "seconds": seen.look.seconds}
