@@ -67,7 +67,7 @@ ADVICE |= {
     "saturation": ["Smaller weights at the beginning (Xavier), or normalisation before the activation.",
                    "Scaled inputs: mean 0, standard deviation 1.", "A smaller learning rate; ReLU or GELU in place of tanh or sigmoid."],
     "dead-units": ["Inputs that are scaled, and not all of one sign.", "LeakyReLU or GELU, whose units can come back."],
-    "not-learning": ["Do labels and inputs belong together? trainer.checkup() shows a batch, and tries one.",
+    "not-learning": ["Do labels and inputs belong together? trainer.checkup() shows a batch.",
                      "Do the inputs tell anything of the target?", "Another learning rate, ten times as high or low (trainer.lr_find)."],
     "overfitting": ["Use the weights of the best checkpoint, trainer.restore(\"best\"), and stop there next time (EarlyStopping).",
                     "More or augmented data; check that labels are right.", "Dropout, weight decay, a smaller model."],

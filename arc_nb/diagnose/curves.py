@@ -211,7 +211,7 @@ def slow_data(seen: Evidence) -> Finding | None:
     part = float(waited.values.sum()) / total if total > 0.2 else 0.0
     if part < WAITING: return None
     picture = small("Seconds of each epoch", Line("waited for data", waited.steps, waited.values, "valid", dots=True),
-                    Line("in all", took.steps, took.values, "train", dots=True))
+                    Line("in all", took.steps, took.values, "train", dots=True), x_range=(0, float(took.steps[-1])))
     return Finding("slow-data", "warning", {"share": part, "seconds_waited": total * part, "seconds": total},
                    f"The training waits for its data {part:.0%} of the time: {duration(total * part)} of {duration(total)}.",
                    advise("slow-data"), picture=picture)

@@ -60,7 +60,7 @@ class Finding:
 
     def text(self) -> str:
         """All of it, in lines."""
-        numbers = ", ".join(f"{name.replace('_', ' ')} {shown(value)}" for name, value in self.evidence.items())
+        numbers = ", ".join(f"{name.replace('_', ' ')} {shown(value)}" for name, value in self.evidence.items() if value == value)
         lines = [f"{self.severity.upper()}  {self.title}  [{self.code}]", f"  {self.meaning}", f"  evidence: {numbers}"]
         if self.because: lines.append(f"  probably because of: {self.because}")
         lines += [f"  {k}. {todo}" for k, todo in enumerate(self.advice, 1)]
@@ -89,7 +89,8 @@ def card(
     place: int | None = None,  # in its list, for the line that says how to apply it
 ) -> str:
     """One finding as HTML."""
-    numbers = " · ".join(f"{escape(name.replace('_', ' '))} <b>{shown(value)}</b>" for name, value in finding.evidence.items())
+    numbers = " · ".join(f"{escape(name.replace('_', ' '))} <b>{shown(value)}</b>" for name, value in finding.evidence.items()
+                           if value == value)  # what is not known is not shown
     because = f"<p class='faint'>Probably because of <code>{escape(finding.because)}</code>.</p>" if finding.because else ""
     todo = "".join(f"<li>{escape(line)}</li>" for line in finding.advice)
     call = ".apply()" if place is None else f"findings[{place}].apply()"
