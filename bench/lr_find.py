@@ -4,7 +4,7 @@ Each setting is a short training as people plan it: all of the steps under a sch
 rate is the median over 3 seeds; a training that ends in NaN counts as infinitely bad. Every rule is judged by the same trainings, with
 the rate that it found from the same seed.
 
-usage: python bench/lr_find.py [--smoke] [--noise] [part of the name of a model ...]   writes bench/results/lr_find.json (not with
+usage: python bench/lr_find.py [--smoke] [--noise] [part of a setting's name ...]   writes bench/results/lr_find.json (not with
 --smoke); with names only their rows; --noise measures again only how far a loss falls by chance. About 30 minutes on one core.
 """
 import json
@@ -202,9 +202,10 @@ def measure(setting, grid, seeds):
 def settings(names, steps):
     """Those that were asked for, and whose data are there."""
     for name, (*_, needs) in SETTINGS.items():
-        if names and not any(wish in name for wish in names): continue
-        if needs and not (DATA / needs).exists(): print(f"{name}: left out, {DATA / needs} is missing (ARC_NB_DATA says where)"); continue
-        for optimizer in OPTIMIZERS: yield Setting(name, optimizer, steps)
+        wanted = [optimizer for optimizer in OPTIMIZERS if not names or any(wish in f"{name}, {optimizer}" for wish in names)]
+        if wanted and needs and not (DATA / needs).exists():
+            print(f"{name}: left out, {DATA / needs} is missing (ARC_NB_DATA says where)"); continue
+        for optimizer in wanted: yield Setting(name, optimizer, steps)
 
 
 def told(row):

@@ -138,14 +138,22 @@ def test_the_order_of_the_data_stays(name):
 
     def make(): return trainer(Spy(), DATA[name](), **({"workers": 2} if name == "workers" else {}))
     plain, other = make(), make()
-    plain.fit(epochs=1); plain.fit(epochs=1)
-    for _ in range(2):
+    for goal in (dict(epochs=1), dict(steps=2), dict(epochs=1)):  # the second ends in the middle of an epoch
+        plain.fit(**goal)
         known = list(other.model.seen)
         find(other, steps=12)
         other.model.seen = known
-        other.fit(epochs=1)
+        other.fit(**goal)
     assert plain.model.seen == other.model.seen and len(plain.model.seen) > 4
     assert torch.equal(weights(plain.model), weights(other.model))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses parts of torch that torch calls old
+@pytest.mark.parametrize("mode", [True, "step"])
+def test_a_compiled_model_too(mode):
+    def make(): return trainer(normed(), compile=mode, batch_size=15)
+    same_training(make, find)
 
 
 def test_a_generator_that_can_be_read_once_is_refused():
