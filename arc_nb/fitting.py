@@ -136,8 +136,9 @@ def make_probes(
     if watch is False or watch is None: return None
     from arc_nb.diagnose.probes import Probes
     if isinstance(watch, Probes): return watch
-    if not isinstance(watch, (bool, str, Iterable)): raise TypeError(f"watch={watch!r} has to be True, names, or Probes")
-    return Probes(*([] if watch is True else [watch] if isinstance(watch, str) else watch))
+    if watch is True: return Probes()
+    if not isinstance(watch, Iterable): raise TypeError(f"watch={watch!r} has to be True, names, or Probes")
+    return Probes(watch) if isinstance(watch, str) else Probes(*watch)
 
 # %% ../nbs/40e_fitting.ipynb #a34b532f
 PAUSE = 5.0  # seconds before the first retry; each further pause is twice as long

@@ -25,6 +25,7 @@ from .engine.controls import signals_stop
 from .engine.events import Callback
 from .engine.goal import check_whole
 from .engine.loaders import apart
+from .engine.memory import Kept
 from .engine.randomness import keyed_seed, seed_all, seeded
 from .engine.scaling import Standardised, standardised
 from .engine.step import keeping_modes
@@ -107,8 +108,10 @@ class Knowing(Finding):
         from arc_nb.diagnose.facts import column_names, facts
         setup = self.setup
         if setup.train is None: raise ValueError("there are no training data: give the Trainer train=")
+        buffers = Kept([*self.model.buffers()])
         with apart(setup.train, setup.valid), seeded(setup.given["seed"]), keeping_modes(self.model):
-            return facts(setup.train, setup.valid, setup.compute, columns=column_names(setup.given["train"]))
+            try: return facts(setup.train, setup.valid, setup.compute, columns=column_names(setup.given["train"]))
+            finally: buffers.put_back()
 
     def _about(self) -> dict[str, Any]:
         """Settings, and which layers are trained."""
@@ -131,17 +134,19 @@ class Seeing(Knowing):
     def diagnose(self) -> "Findings":
         """What the run so far shows, worst first: suspicions with their evidence, and what to do. While it trains, and for data that can
         be read only once, from what was recorded alone."""
+        layers, train = self.layers, self.setup.train
+        if self._thread or train is None or isinstance(self.setup.given["train"], Iterator): return self._findings(layers, self._facts)
+        if layers is None or not len(layers.steps): layers = self._look()
+        return self._findings(layers, self.facts)
+
+    def findings_so_far(self) -> "Findings":
+        """The same from what was recorded, and from data that lie in memory: at any moment between two steps."""
+        return self._findings(self.layers, self.facts if isinstance(self.setup.train, TensorBatches) else self._facts)
+
+    def _findings(self, layers: "Layers | None", facts: "Facts | None") -> "Findings":
         from arc_nb.diagnose.findings import diagnose
         from arc_nb.diagnose.signs import Evidence
-        layers, facts = self.layers, self._facts
-        if self._can_look:
-            facts = self.facts
-            if layers is None or not len(layers.steps): layers = self._look()
         return diagnose(Evidence(self.history, self.status, layers, facts, self._about()), self._remedies())
-
-    @property
-    def _can_look(self) -> bool:
-        return self._thread is None and self.setup.train is not None and not isinstance(self.setup.given["train"], Iterator)
 
     def _look(self) -> "Layers | None":
         """The layers as they are now, from one batch."""
@@ -186,26 +191,25 @@ class Seeing(Knowing):
 
     def listeners(self) -> list[Callback]:
         """The callbacks of a fit; where somebody watches, the worst finding is told while it goes on."""
-        if not self._probes: return super().listeners()
-        try:  # before the start, since afterwards the data are in use; what is said of them is worth less than the training
-            if isinstance(self.setup.train, TensorBatches): self._facts = self.facts
-        except Exception as error: warn(f"nothing will be said of the data: {type(error).__name__}: {error}", RuntimeWarning)
-        return [*super().listeners(), Telling()]
+        return super().listeners() + ([Telling()] if self._probes else [])
 
 # %% ../nbs/40g_seeing.ipynb #8d729faf
 class Telling(Callback):
-    """Says on the board what a run shows, at the ends of its epochs."""
-    order = 85  # after the probes, before the board
+    """Says on the board what a run shows while it goes on."""
+    order = 85  # after what changes the run, before the board
+    share = 0.01  # of the time
 
-    def __init__(self): self.spent, self.failed = 0.0, False
+    def __init__(self):
+        self.spent, self.cost, self.failed = 0.0, 0.1, False  # seconds in all, and expected of the next time
 
-    def on_epoch_end(self, trainer: Any) -> None:
+    def on_tick(self, trainer: Any) -> None:
         """Asks for the findings, where there is time."""
-        if self.failed or self.spent > 0.01 * trainer.status.elapsed: return
+        if self.failed or self.spent + self.cost > self.share * trainer.status.elapsed: return
         began = time.perf_counter()
-        try: severe = [f for f in trainer.diagnose() if f.severity == "severe"]
+        try: severe = [finding for finding in trainer.findings_so_far() if finding.severity == "severe"]
         except Exception as error:  # the training is worth more than what is said of it
             self.failed = True
             warn(f"the findings of this run cannot be told while it goes on: {type(error).__name__}: {error}", RuntimeWarning)
         else: trainer.status.finding = f"{severe[0].title}. {severe[0].meaning}" if severe else ""
-        self.spent += time.perf_counter() - began
+        self.cost = time.perf_counter() - began
+        self.spent += self.cost

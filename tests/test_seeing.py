@@ -43,8 +43,8 @@ class Remembering(nn.Module):
 DATA = {"tensors": lambda: classes(), "data set": lambda: TensorDataset(*classes()), "own generator": Own,
         "loader": lambda: DataLoader(TensorDataset(*classes()), batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(3))}
 KINDS = {"adamw": {}, "momentum": {"optimizer": ("sgd", {"momentum": 0.9})}, "lbfgs": {"optimizer": "lbfgs"}, "clipped": {"clip_norm": 0.1},
-         "accumulate": {"accumulate": 2}, "one_cycle": {"schedule": "one_cycle"}, "plateau": {"schedule": "plateau"}, "fp16": {"precision": "fp16"},
-         "bf16": {"precision": "bf16"}}
+         "accumulate": {"accumulate": 2}, "one_cycle": {"schedule": "one_cycle"}, "plateau": {"schedule": "plateau"},
+         "fp16": {"precision": "fp16"}, "bf16": {"precision": "bf16"}}
 
 
 def made(data="tensors", kind="adamw", **more):
@@ -56,8 +56,9 @@ def made(data="tensors", kind="adamw", **more):
 def everything(t):
     "All that a person could see of a trainer's state, as text."
     rng = random.getstate()[1][:5], np.random.get_state()[1][:5].tolist(), torch.get_rng_state().sum().item()
+    setup = t.setup
     return repr((weights(t.model).tolist(), t.model.calls.item(), t.model.norm.running_mean.tolist(), t.optimizer.state_dict(),
-                 t.setup.compute.precision.state_dict(), t.setup.step.state_dict(), t.lr, t.status.step, rng, len(t.history.frame()),
+                 setup.compute.precision.state_dict(), setup.step.state_dict(), t.lr, t.status.step, rng, len(t.history.frame()),
                  [m.training for m in t.model.modules()], [p.grad for p in t.model.parameters()], t.status.state))
 
 
@@ -191,14 +192,29 @@ def test_findings_come_while_it_trains_too():
 
 def test_a_finding_that_cannot_be_made_costs_no_run(monkeypatch):
     t = made()
-    monkeypatch.setattr(type(t), "diagnose", lambda self: 1 / 0)
-    with pytest.warns(RuntimeWarning, match="findings of this run cannot be told"): t.fit(epochs=2, watch=True)
-    assert t.status.state == "completed"
+    monkeypatch.setattr(type(t), "findings_so_far", lambda self: 1 / 0)
+    monkeypatch.setattr("arc_nb.seeing.Telling.share", 1000.0)
+    with pytest.warns(RuntimeWarning, match="findings of this run cannot be told"): t.fit(max_time=2, steps=10**6, watch=True)
+    assert t.status.state == "stopped"
+
+
+def test_the_worst_finding_is_told_while_it_trains_and_changes_nothing(monkeypatch):
+    monkeypatch.setattr("arc_nb.seeing.Telling.share", 1000.0)
+    x, _ = classes(200)
+    told, ends = [], []
+    for watch in (False, True):
+        heard = On(on_tick=lambda trainer: told.append(trainer.status.finding), order=99)
+        t = trainer(Remembering(), (x * 1e4, torch.arange(200) % 3), callbacks=[heard], lr=1.0, optimizer="sgd")
+        for p in t.model.parameters(): torch.nn.init.constant_(p, 0.1)
+        t.fit(steps=1500, watch=watch)
+        ends.append((weights(t.model), t.model.calls.item()))
+    assert any(told) and torch.equal(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1]
 
 
 def test_the_remedies_do_what_they_say(tmp_path):
     x, y = classes(200)
-    t = trainer(net(), (x * torch.tensor([1.0, 500.0, 1.0, 1.0]), y), valid=0.3, run=tmp_path / "run", batch_size=32)
+    scale = torch.tensor([1.0, 500.0, 1.0, 1.0])
+    t = trainer(net(), (x * scale, y), valid=0.3, run=tmp_path / "run", batch_size=32)
     t.fit(epochs=3)
     remedies = t._remedies()
     assert set(remedies) == {"lr", "clip", "best", "normalise"}
@@ -206,7 +222,7 @@ def test_the_remedies_do_what_they_say(tmp_path):
     remedies["clip"](0.5); assert t.setup.step.clip_norm == 0.5
     best = t.history.best("valid", "loss")[0]
     with torch.no_grad(): t.model[0].weight.zero_()
-    remedies["best"](); assert t.evaluate(t.setup.given["valid"] if not isinstance(t.setup.given["valid"], float) else (x, y))["loss"] < 10 * best
+    remedies["best"](); assert t.evaluate((x * scale, y))["loss"] < 10 * best
     before = t.predict(x)
     remedies["normalise"]()
     with pytest.raises(ValueError, match="scaled already"): remedies["normalise"]()

@@ -77,8 +77,9 @@ def standardised(
 
 def _average(inputs: Any, key: Any, dims: tuple[int, ...], of: Any) -> Tensor:
     """The mean of `of(x)` a column, as float64, weighted by rows; without the rows' dimension."""
-    total, rows = 0.0, 0
+    total: Any = 0.0
+    rows = 0
     for given in inputs:
         x = given[key].double()
         total, rows = total + of(x).mean(dims, keepdim=True) * len(x), rows + len(x)
-    return (total / rows).squeeze(0)  # type: ignore[union-attr]
+    return (total / rows).squeeze(0)
