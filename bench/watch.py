@@ -93,6 +93,14 @@ def counts(names=()):
     return out
 
 
+def keep(out, anew):
+    """Writes what has been measured; what an earlier call measured stays, unless this is the first of all."""
+    path = Path(__file__).parent / "results" / "watch.json"
+    before = json.loads(path.read_text()) if path.exists() and not anew else {}
+    path.write_text(json.dumps(before | out, indent=1) + "\n")
+    print("written:", path, flush=True)
+
+
 def main():
     smoke, numbers = "--smoke" in sys.argv, [int(a) for a in sys.argv[1:] if a.isdigit()]
     chosen = [a for a in sys.argv[1:] if not a.isdigit() and not a.startswith("-")]
@@ -109,15 +117,12 @@ def main():
             if chosen and setting[0] not in chosen: continue
             out[setting[0]] = overhead(setting, pairs, home, 0.2 if smoke else 3.0 if setting[0].startswith("gpt") else 2.0)
             print(setting[0], out[setting[0]], flush=True)
+            if not smoke: keep(out, anew=setting[0].startswith("gpt") and not chosen)
     step = out["one_step"]
     print(f"waits on a sampled step: {step['watched']['waits'] - step['plain']['waits']} more than on another; goal 0")
     if "gpt_16" in out:
         median, low, high = out["gpt_16"]["ratio"]
         print(f"gpt_16: {median} (interval {low} to {high}), goal at most {GOAL}: {'met' if median <= GOAL else 'MISSED'}")
-    if smoke or chosen: return
-    path = Path(__file__).parent / "results" / "watch.json"
-    path.write_text(json.dumps(out, indent=1) + "\n")
-    print("written:", path)
 
 
 if __name__ == "__main__": main()
