@@ -108,6 +108,7 @@ HEALTHY: dict[str, Callable[[], Checkup]] = {
     "accumulated": lambda: looked(accumulate=4, batch_size=16),
     "bf16": lambda: looked(precision="bf16"),
     "penalised": lambda: looked(l2=1.0, l1=0.01),
+    "autoencoder": lambda: looked(layers(64, 48, 64), (X, X), loss="mse", lr=3e-3),
     "own step": lambda: looked(nn.Linear(64, 64), (X,), step=lambda model, batch: (model(batch[0]) - batch[0]).square().mean(), lr=1e-2)}
 
 
@@ -195,6 +196,10 @@ BROKEN: dict[str, tuple[Callable[[], Checkup], str, str, str]] = {  # how, the c
     "one target": (lambda: looked(data=(X, Y * 0)), "target", "failed", "same in all"),
     "a copy of the target": (lambda: looked(layers(65, 32, 10), (np.c_[X, Y / 10].astype("float32"), Y)), "leaks", "warning", "column 64"),
     "text not shifted": (lambda: looked(Small(), (text()[0], text()[0])), "leaks", "failed", "only to copy"),
+    "a large target": (lambda: looked(layers(10, 32, 1), (diabetes()[0], diabetes()[1] * 1000), loss="mse"),
+                       "target", "warning", "far smaller"),
+    "one row at the end": (lambda: looked(nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10)), (X[:33], Y[:33])),
+                           "lr", "failed", "more than 1 value per channel"),
     "a rare class": (lambda: looked(data=(X[RARE], Y[RARE])), "classes", "warning", "class 3 has 9"),
     "the same rows twice": (lambda: looked(valid=(X[:50], Y[:50])), "splits", "failed", "50 validation rows"),
     "weights alike": (lambda: looked(alike()), "initialisation", "failed", "same number"),

@@ -150,6 +150,9 @@ def _ask_lr(seen: Seen, lr_find: Callable[[], tuple[Curve, Suggestion]] | None, 
     compiled = seen.compute.model
     seen.compute.model = plain(compiled)  # compiling may take longer than the whole checkup
     try: return check_lr(*lr_find(), seen.lr)
+    except (RuntimeError, ValueError) as error:
+        advice = "The last batch of an epoch has a single row: use drop_last=True." if "more than 1 value per channel" in str(error) else ""
+        return Check("lr", "failed", f"Training raises {type(error).__name__}: {str(error).partition(chr(10))[0]}", advice)
     finally: seen.compute.model = compiled
 
 def _about(seen: Seen, seconds: float) -> str:
