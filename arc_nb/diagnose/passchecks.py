@@ -80,6 +80,7 @@ def _chart_of(seen: Seen) -> str:
     line = Line("", range(1, len(values) + 1), values, "a", dots=True)
     return drawn("gradient per weight (root mean square)", [line], log=True, x_label="layer") if len(values) > 3 else ""
 
+# %% ../../nbs/diagnose/36f_passchecks.ipynb #87bb59ca
 def check_gradients(seen: Seen) -> Check:
     """Whether a gradient reaches every parameter that is to be trained."""
     try: found = seen.look
