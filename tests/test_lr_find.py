@@ -382,5 +382,5 @@ def test_the_bench_runs_and_its_table_is_stored():
     assert done.returncode == 0, done.stderr
     assert "2 settings" in done.stdout
     stored = json.loads((ROOT / "bench/results/lr_find.json").read_text())
-    assert len(stored["settings"]) >= 8 and all(len(row["grid"]) == 13 for row in stored["settings"])
+    assert len(stored["settings"]) == 10 and all(len(row["grid"]) == 13 for row in stored["settings"] if "note" not in row)
     print(f"default at most {stored['goal']} above the best of the grid: {stored['met']} of {len(stored['settings'])}")
