@@ -266,7 +266,7 @@ def few_rows_and_wrong_labels(s):
     s.train, s.model, s.fit = (X, y), mlp(s.inputs, s.t.out, 256), {"epochs": 150}
     s.trainer["batch_size"] = 16
 
-@broken("underfitting")
+@broken("underfitting", "not-learning")
 def two_weak_columns(s):
     target = F.one_hot(s.train[1]).float() if s.t.loss != "mse" else s.train[1]
     X = s.train[0]

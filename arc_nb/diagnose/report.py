@@ -179,7 +179,9 @@ class Findings(Asking):
         if self.seen is None: raise ValueError("these findings were put together by hand: there is no run to draw")
         figure = drawn(self.seen.history.frame(), theme)
         colours = THEMES[theme]
-        figure.add_hline(y=self.seen.base, line={"color": colours["faint"], "dash": "dot"}, annotation_text="best constant", row=1, col=1)
+        steps, base = self.seen.train.steps, self.seen.base
+        figure.add_scatter(name="best constant", x=steps[[0, -1]] if len(steps) else [], y=[base, base], mode="lines",
+                           line={"color": colours["faint"], "dash": "dot"}, row=1, col=1)
         for k, f in enumerate(f for f in self if f.since is not None):
             pen = {"color": colours["bad" if f.severity == "severe" else "warn"], "width": 1}
             figure.add_vline(x=f.since, line=pen, annotation_text=f.code, annotation_position="top right",
