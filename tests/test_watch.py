@@ -26,6 +26,12 @@ from arc_nb.engine.keeping import Checkpoints
 from arc_nb.watch.widget import BUNDLE
 
 
+@pytest.fixture(autouse=True)
+def free(monkeypatch: pytest.MonkeyPatch) -> None:
+    "Time is not asked about, so that a slow machine samples the same steps."
+    monkeypatch.setattr("arc_nb.diagnose.probes.FREE", 60.0)
+
+
 class Wide(nn.Module):
     "Batch norm, dropout, an activation as a module, one as a function, a tied weight, and an unused layer."
     def __init__(self):
@@ -46,7 +52,8 @@ def wide() -> nn.Module:
 
 STEPS: dict[str, dict[str, Any]] = {
     "adamw": {}, "sgd": dict(optimizer=("sgd", {"momentum": 0.9})), "lbfgs": dict(optimizer="lbfgs", lr=0.1),
-    "accumulate": dict(accumulate=3), "fp16": dict(precision="fp16"), "clipped": dict(clip_norm=0.05), "bf16": dict(precision="bf16"), "l2": dict(l2=1e-3),
+    "accumulate": dict(accumulate=3), "fp16": dict(precision="fp16"), "clipped": dict(clip_norm=0.05),
+    "bf16": dict(precision="bf16"), "l2": dict(l2=1e-3),
     "one_cycle": dict(schedule="one_cycle"), "metrics": dict(train_metrics=["accuracy"]),
 }
 
@@ -142,7 +149,8 @@ def test_custom_steps_containers_and_loops_over_time() -> None:
 def test_sparse_gradients_and_half_precision_weights() -> None:
     torch.manual_seed(0)
     tokens = torch.randint(0, 50, (64, 6))
-    t = trainer(nn.Sequential(nn.Embedding(50, 8, sparse=True), nn.Flatten(), nn.Linear(48, 3)), (tokens, tokens[:, 0] % 3), optimizer="sgd")
+    sparse = nn.Sequential(nn.Embedding(50, 8, sparse=True), nn.Flatten(), nn.Linear(48, 3))
+    t = trainer(sparse, (tokens, tokens[:, 0] % 3), optimizer="sgd")
     t.fit(epochs=1, watch=Probes(share=1.0))
     assert t.layers.latest("gradient")[0] > 0
     x, y = classes()
