@@ -28,6 +28,7 @@ from .engine.batches import LoaderBatches, TensorBatches
 from .engine.checkpoint import newest_good, read_checkpoint
 from .engine.events import Callback
 from .engine.lookout import Parts
+from .engine.scaling import is_scaled
 from .engine.telling import warn
 from .engine.tensors import flatten
 from .runs import plain
@@ -154,6 +155,8 @@ def model_differs(
     shape = lambda named, k: tuple(named[k].shape) if k in named else "not there"
     other = [k for k in {**saved, **mine} if shape(saved, k) != shape(mine, k)]
     found = [f"the model's {k} was {shape(saved, k)}, and is {shape(mine, k)}" for k in other]
+    if is_scaled(saved) != is_scaled(mine):
+        return [f"{'that one' if is_scaled(saved) else 'this one'} has a layer in front that scales the inputs (finding.apply() puts it there)"]
     return found[:3] + ([f"{len(found) - 3} more of its weights differ"] if len(found) > 3 else [])
 
 # %% ../nbs/40c_resume.ipynb #c70c3e9f

@@ -20,6 +20,7 @@ from .engine.events import Callback, check_callback
 from .engine.history import History, Status
 from .engine.probe import summary
 from .engine.randomness import seeded
+from .engine.scaling import SCALED, is_scaled
 from .engine.step import evaluate
 from .resume import newest_in, put_callbacks, put_model, put_training, settings_of
 from .seeing import Seeing
@@ -156,7 +157,7 @@ class Keeping(Using):
         trainer = build(model, **{"run": False, **settings_})
         try: model.load_state_dict(weights)
         except RuntimeError as error:
-            scaled = " (it has a layer that scales the inputs: wrap the model in engine.scaling.Standardised)" if "scaling.spread" in weights else ""
+            scaled = f" ({SCALED})" if is_scaled(weights) else ""
             raise ValueError(f"{path} holds the weights of another model{scaled}: {error}") from error
         return trainer
 

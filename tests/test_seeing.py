@@ -226,7 +226,7 @@ def test_the_remedies_do_what_they_say(tmp_path):
     before = t.predict(x)
     remedies["normalise"]()
     with pytest.raises(ValueError, match="scaled already"): remedies["normalise"]()
-    assert not torch.equal(t.predict(x), before) and t.model.scaling.spread[1] > 100
+    assert not torch.equal(t.predict(x), before) and t.model.scaling["0"].spread[1] > 100
     t.fit(epochs=2)
     assert t.predict(x).shape == (200, 3) and not t.facts.badly_scaled
 
@@ -236,8 +236,36 @@ def test_a_model_with_scaled_inputs_is_saved_and_loaded(tmp_path):
     t._remedies()["normalise"]()
     path = t.save(tmp_path / "model")
     with pytest.raises(ValueError, match="Standardised"): Trainer.load(path, model=net())
-    again = Trainer.load(path, model=Standardised(net(seed=4), Scaling(torch.zeros(4), torch.ones(4))))
+    again = Trainer.load(path, model=Standardised(net(seed=4), {0: Scaling(torch.zeros(4), torch.ones(4))}))
     assert torch.equal(again.predict(classes()[0]), t.predict(classes()[0]))
+
+
+def test_a_checkpoint_without_the_layer_says_so(tmp_path):
+    t = trainer(net(), classes(), run=tmp_path / "run")
+    t.fit(epochs=1)
+    t._remedies()["normalise"]()
+    with pytest.raises(ValueError, match="scales the inputs"): t.fit(epochs=2, resume=True)
+
+
+def test_no_remedy_changes_the_model_while_it_trains():
+    said = []
+    def ask(t):
+        for name in ("normalise", "best"):
+            try: t._remedies().get(name, t._check_idle)()
+            except RuntimeError as error: said.append(str(error))
+    t = trainer(net(), classes(), callbacks=[On(on_epoch_end=ask)])
+    t.fit(epochs=1)
+    assert len(said) == 2 and not isinstance(t.model, Standardised)
+
+
+def test_the_input_that_is_named_is_the_one_that_is_scaled():
+    class Two(nn.Module):
+        def __init__(self): super().__init__(); self.net = net()
+        def forward(self, a, b): return self.net(a) + self.net(b)
+    x, y = classes(100)
+    t = trainer(Two(), (x, x * 1e5, y), run=False)
+    t._remedies()["normalise"]()
+    assert list(t.model.scaling) == ["1"]
 
 
 def test_a_custom_step_can_be_tried_and_diagnosed():
