@@ -212,6 +212,14 @@ class History(Columns):
         last = max((column.step[-1] for column in self.series_by_name.values()), default=0)
         return f"History({', '.join([f'{last:,} steps', *told])})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or what goes to another process, holds the values and writes to no file."""
+        return {"series_by_name": self.series_by_name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        History.__init__(self)
+        self.series_by_name = state["series_by_name"]
+
     def log(self, step: int, epoch: int, split: str, name: str, value: float) -> None:
         """Adds one value."""
         self.extend(epoch, split, [step], {name: [float(value)]})
