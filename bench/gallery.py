@@ -34,7 +34,7 @@ from arc_nb.diagnose.signs import path, update_ratio
 
 torch.set_num_threads(1)
 DATA = Path(os.environ.get("ARC_NB_DATA", Path(__file__).parents[2] / "shared/data"))
-HALVES = {"set": (("digits", "diabetes"), (0, 1)), "report": (("wine", "breast_cancer", "oil"), (6, 7))}
+HALVES = {"set": (("digits", "diabetes"), (0, 1)), "report": (("wine", "breast_cancer", "oil"), (8, 9))}
 # Two reports came before, and something was changed after each: hence fresh seeds, and the table oil from the second on.
 EARLIER = [{"tables": ["wine", "breast_cancer"], "seeds": [2, 3], "broken": {"right": 111, "missed": 11},
             "healthy": {"right": 60, "false": 0},
