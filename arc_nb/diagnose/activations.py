@@ -12,7 +12,7 @@ __all__ = ['RECTIFIERS', 'ENDS', 'OTHERS', 'ACTIVATIONS', 'CALLS', 'SOME', 'MANY
 # %% ../../nbs/diagnose/34b_activations.ipynb #3cd59f5e
 import math
 from collections.abc import Iterator
-from time import perf_counter
+from time import thread_time
 from typing import Any
 
 import torch
@@ -147,22 +147,22 @@ class Measured:
 
     def hear(self, k: int, module: nn.Module, output: Any) -> None:
         """A layer has put something out."""
-        began, x, activation = perf_counter(), first_tensor(output), isinstance(module, ACTIVATIONS)
+        began, x, activation = thread_time(), first_tensor(output), isinstance(module, ACTIVATIONS)
         self.order.setdefault(k, len(self.order))
         if x is not None:
             self.unit = unit_dim(module, x, self.unit if 0 <= self.unit < x.dim() else x.dim() - 1)
             self._take(k, x, RECTIFIERS.get(type(module)), ends_of(module), activation)
         if not activation: self.last = k
         self.inside = False
-        self.spent += perf_counter() - began
+        self.spent += thread_time() - began
 
     def call(self, kind: type, output: Any) -> None:
         """An activation was called as a function: it counts for the layer before it."""
-        began, x = perf_counter(), first_tensor(output)
+        began, x = thread_time(), first_tensor(output)
         if self.last is not None and not self.inside and x is not None:
             if not 0 <= self.unit < x.dim(): self.unit = x.dim() - 1
             self._take(self.last, x, RECTIFIERS.get(kind), ENDS.get(kind), True, called=True)
-        self.spent += perf_counter() - began
+        self.spent += thread_time() - began
 
     @torch.no_grad()
     def _take(self, k: int, x: Tensor, quiet: float | None, ends: tuple[float, float] | None, activation: bool,

@@ -73,8 +73,11 @@ class Maps(Samples):
 
     def heats(self, names: Sequence[str] = ("gradient", "ratio", "dead"), rows: int = 12, columns: int = 40,
               span: float | None = None) -> list[Heat]:
-        """Maps of the same rows, to lie side by side: the layers with parameters; of the activations after a layer the largest counts."""
+        """Maps of the same rows, to lie side by side: the layers with parameters; of the activations after a layer the largest counts.
+        Where more layers can be saturated than dead, as with tanh, their share is shown instead."""
         owners = [k for k, layer in enumerate(self.layers) if layer.parameters]
+        told = lambda name: int((~np.isnan(self.latest(name))).sum())
+        if told("saturated") > told("dead"): names = ["saturated" if name == "dead" else name for name in names]
         names = [name for name in names if name in self.quantities]
         if not owners or not names: return []
         groups = [(a, b) for a, b in zip(owners, [*owners[1:], len(self.layers)])]
