@@ -61,7 +61,7 @@ class Finding(Aside):
         rates = exponential(start, end, steps)
         check_whole("repeats", repeats, 1)
         curve = Curve(rates, [], [])
-        found = Found(curve, None, self._choose, self.name, self.lr, settings()["theme"])
+        found = Found(curve, None, self._choose, self.name, self.setup.base_lrs[0], settings()["theme"])
         with signals_stop(self.controls), self.untouched() as state: self._sweep(curve, repeats, state, found.progress)
         return found.finish(curve, suggest(curve))
 

@@ -34,7 +34,8 @@ def installed(wheel: Path, venv: Path, call) -> Path:
 
 def test_every_module_of_the_installed_wheel_imports(wheel, tmp_path, root, call):
     files = set(ZipFile(wheel).namelist())
-    missing = {str(p.relative_to(root)) for p in (root / "arc_nb").rglob("*.py")} | {"arc_nb/py.typed", "arc_nb/static/board.js"}
+    scripts = {f"arc_nb/static/{name}.js" for name in ("board", "finder")}
+    missing = {str(p.relative_to(root)) for p in (root / "arc_nb").rglob("*.py")} | {"arc_nb/py.typed"} | scripts
     assert sorted(missing - files) == []
     python = installed(wheel, tmp_path / "venv", call)
     imported = json.loads(call(python, "-c", IMPORT_ALL, cwd=tmp_path).splitlines()[-1])

@@ -12,6 +12,7 @@ __all__ = ['LEAST', 'REACH', 'SURE', 'NOTHING', 'exponential', 'smoothed', 'memo
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,12 @@ def exponential(
 ) -> np.ndarray:
     """The rates of a sweep, (steps,) float64, evenly spread on a logarithmic axis; ValueError for limits that make none."""
     for name, value in (("start", start), ("end", end)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
             raise ValueError(f"{name}={value!r} has to be a positive number, such as {1e-7 if name == 'start' else 10}")
     if start >= end: raise ValueError(f"start={start!r} has to be below end={end!r}: the rate rises")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < LEAST:
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < LEAST:
         raise ValueError(f"steps={steps!r} has to be a whole number, at least {LEAST}: fewer tell nothing")
-    return np.geomspace(start, end, steps)
+    return np.geomspace(float(start), float(end), int(steps))
 
 LEAST = 10  # points of a curve
 
@@ -54,7 +55,7 @@ def memory(
     rates: np.ndarray,  # (n,) of a sweep, rising by one factor
 ) -> float:
     """The `keep` with which the average reaches back `REACH` decades, at most a quarter of the sweep: 0.93 for the usual hundred steps."""
-    reach = min(REACH * (len(rates) - 1) / math.log10(rates[-1] / rates[0]), len(rates) / 4)  # steps
+    reach = min(REACH * (len(rates) - 1) / (math.log10(rates[-1]) - math.log10(rates[0])), len(rates) / 4)  # steps
     return max(0.5, 1 - 1 / reach)
 
 REACH = 1.15  # decades: by the experiment below
@@ -106,7 +107,7 @@ def sweep(
     ValueError where the first group's rate is 0, since the others are scaled by it. Weights, optimizer, rates and generators stay
     as the last step left them."""
     losses: list[float] = []
-    shares, keep = _shares(step), memory(rates)
+    shares, keep, every = _shares(step), memory(rates), max(1, len(rates) // 200)  # steps between two looks for a divergence
     try:
         for rate, batches in zip(rates, groups):  # the rate first: a batch that is not used is not drawn
             for group, share in zip(step.optimizer.param_groups, shares): set_lr(group, float(rate) * share)
@@ -115,7 +116,7 @@ def sweep(
             if not outcome.good or not math.isfinite(loss): return losses, "not finite"
             losses.append(loss)
             if tell: tell(losses)
-            if diverged(losses, keep): return losses, "diverged"
+            if len(losses) % every == 0 and diverged(losses, keep): return losses, "diverged"
             if controls and controls.stopping: controls.take(); return losses, "interrupted"
     except KeyboardInterrupt: return losses, "interrupted"
     return losses, "end" if len(losses) == len(rates) else "data"
@@ -184,7 +185,7 @@ def slide(rates: np.ndarray, smooth: np.ndarray, apart: float = 1.2, flat: float
     """The left end of an interval of `apart` decades that slides down from the end of the curve, until the slope at its right end is no
     longer above that at its left by more than `flat` of the fall per decade: AdaptNLP's interval slide rule, fastai's `slide`."""
     slope = np.gradient(smooth, np.log10(rates))
-    width = min(len(rates) - 1, max(1, round(apart * (len(rates) - 1) / math.log10(rates[-1] / rates[0]))))
+    width = min(len(rates) - 1, max(1, round(apart * (len(rates) - 1) / (math.log10(rates[-1]) - math.log10(rates[0])))))
     near = flat * float(np.ptp(smooth[:int(smooth.argmin()) + 1]))
     for right in range(len(rates) - 1, width - 1, -1):
         if slope[right] - slope[right - width] < near: break
@@ -201,6 +202,8 @@ class Suggestion:
 NOTHING = {
     "cut": "the sweep ended early ({ended}, after {n} of {steps} steps), before the loss rose: let it go on",
     "lost": "the loss rose, or was lost, before it had fallen ({ended} after {n} steps): begin with a smaller start= than {start:.2g}",
+    "stood": "the loss did not fall by more than its noise at any rate, and rose at the last ({ended} at {last:.2g}): in so few steps this model "
+             "learns nothing from these data. Take more steps=, or see what trainer.checkup() says",
     "flat": "the loss did not fall by more than its noise: a larger end=, more steps= or repeats=3 may tell more; "
             "if none does, the model does not learn from these data"}
 
@@ -214,9 +217,12 @@ def why_nothing(
     else:
         smooth = curve.mean
         limit = max(matters(losses[:n], curve.keep) for losses in curve.losses) / math.sqrt(len(curve.losses))
-        if smooth[begin] - smooth[begin:].min() <= limit: kind = "cut" if cut else "lost" if rose else "flat"
+        above = np.flatnonzero(smooth[begin:] > smooth[begin] + limit)
+        late = (begin + above[0] if len(above) else n) > len(curve.rates) / 3  # where it begins to rise
+        if smooth[begin] - smooth[begin:].min() <= limit: kind = "cut" if cut else "flat" if not rose else "stood" if late else "lost"
         elif cut and smooth[begin:].argmin() == n - 1 - begin: kind = "cut"
-    told = {"ended": ", ".join(sorted(set(curve.ended))), "n": n, "steps": len(curve.rates), "start": curve.rates[0]}
+    told = {"ended": ", ".join(sorted(set(curve.ended))), "n": n, "steps": len(curve.rates), "start": curve.rates[0],
+            "last": curve.rates[max(0, n - 1)]}
     return NOTHING[kind].format(**told) if kind else ""
 
 # %% ../../nbs/engine/06b_sweep.ipynb #6434e25e

@@ -170,6 +170,7 @@ class Page(Drawn):
                lr: float,  # from now on
                ) -> None:
         "Gives the rate to the trainer, and draws it; ValueError unless it is a positive number."
+        if lr is None and self.suggestion is None: raise ValueError(f"there is no rate to choose: {self.reason}")
         value = positive(lr)
         self._choose(value)
         self.lr = value
