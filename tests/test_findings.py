@@ -41,7 +41,8 @@ def falling(n=400, to=0.1, after=60, noise=0.05, seed=0):
 
 
 QUICK = ["few rows and wrong labels", "shuffled labels", "lr x 1000 adamw", "lr divided by 1000 adamw", "sigmoid x 20 layers",
-         "log of what becomes negative", "relu bias of minus 10", "a schedule that ends too soon", "a branch that is never called", "a layer the optimizer never got",
+         "log of what becomes negative", "relu bias of minus 10",
+         "a schedule that ends too soon", "a branch that is never called", "a layer the optimizer never got",
          "head frozen by mistake", "half of valid is in train", "one constant feature of 1e6", "the target among the inputs"]
 
 
@@ -84,8 +85,9 @@ def test_the_stored_table_says_what_its_rows_say(gallery):
     assert result["summary"]["report"]["healthy"]["false"] == 0
 
 
-# ---- every rule keeps silent where it knows nothing ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize("losses", [[], [2.3], [2.3, 2.2], [math.nan], [math.inf, math.nan], [0.0] * 50, [-1.0] * 50, [1e-30] * 50, [1e30] * 50])
+# ---- every rule keeps silent where it knows nothing ----
+@pytest.mark.parametrize("losses", [[], [2.3], [2.3, 2.2], [math.nan], [math.inf, math.nan], [0.0] * 50, [-1.0] * 50, [1e-30] * 50,
+                                    [1e30] * 50])
 @pytest.mark.parametrize("valid", [(), [1.0], [1.0, math.nan, 2.0], [0.0] * 8])
 def test_odd_histories(losses, valid):
     "Short, empty, constant, negative and infinite series: no error, and nothing that is not so."
@@ -126,7 +128,7 @@ def test_a_cause_comes_before_its_consequences():
     assert set(EXPLAINS) | {c for brings in EXPLAINS.values() for c in brings} <= set(TITLES) == set(ADVICE)
 
 
-# ---- remedies -----------------------------------------------------------------------------------------------------------------------------
+# ---- remedies ----
 def small(**settings):
     torch.manual_seed(0)
     X = torch.randn(256, 6)
@@ -166,8 +168,8 @@ def test_apply_clips_restores_and_normalises():
 def test_normalise_puts_a_scaling_in_front():
     torch.manual_seed(0)
     X = torch.randn(200, 3) * torch.tensor([1.0, 1e4, 1.0]) + torch.tensor([0.0, 5e4, 0.0])
-    trainer = Trainer(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), (X, (X[:, 0] > 0).long()), loss="cross_entropy", run=False,
-                      board=False)
+    trainer = Trainer(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), (X, (X[:, 0] > 0).long()), loss="cross_entropy",
+                      run=False, board=False)
     trainer.fit(epochs=2, watch=True)
     first = trainer.diagnose()[0]
     assert first.code == "inputs-not-scaled"
@@ -177,7 +179,7 @@ def test_normalise_puts_a_scaling_in_front():
     assert trainer.history.latest("train_loss") < 0.6
 
 
-# ---- the surface --------------------------------------------------------------------------------------------------------------------------
+# ---- the surface ----
 def test_the_questions_of_the_guides():
     trainer = small()
     trainer.fit(epochs=3, watch=True)
