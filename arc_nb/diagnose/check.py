@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .facts import Facts
+from .facts import Facts, leaves
 from .rows import CPU
 from .trial import Look, look, uncompiled
 from ..draw.svg import Axis, Box, Line, legend, picture, plot, tag, words
@@ -95,6 +95,7 @@ class Seen:
     batches: list[Batch]  # of the training data, on the device
     facts: Facts
     lr: float = 1e-3  # the Trainer's
+    drawing: float = 0.0  # seconds that a batch took
 
     @property
     def batch(self) -> Batch: return self.batches[0]
@@ -118,8 +119,7 @@ class Seen:
     def answer(self) -> tuple[Any, nn.Module | None]:
         """The model's output for the batch, on the CPU, and the module that was called last."""
         last: list[nn.Module] = []
-        inner = [m for m in self.plain.model.modules() if not any(True for _ in m.children())]
-        handles = [m.register_forward_hook(lambda module, *_: last.append(module)) for m in inner]
+        handles = [m.register_forward_hook(lambda module, *_: last.append(module)) for m in leaves(self.plain.model).values()]
         try: output = call(self.plain.model, self.batch)
         finally:
             for handle in handles: handle.remove()

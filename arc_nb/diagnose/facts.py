@@ -6,7 +6,7 @@ Docs: https://arc-nb.github.io/arc_nb/diagnose/facts.html.md"""
 
 # %% auto #0
 __all__ = ['COLUMNS', 'LARGE', 'OFF', 'SMALL', 'SMALL_PEAK', 'Feature', 'Facts', 'told', 'describe', 'column_names',
-           'badly_scaled', 'plain', 'tried', 'kind_of', 'facts']
+           'badly_scaled', 'plain', 'leaves', 'held', 'tried', 'kind_of', 'facts']
 
 # %% ../../nbs/diagnose/36_facts.ipynb #29ce7526
 import math
@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from .guess import Relation, Task, class_baseline, count_classes, leaks, neighbours, number_baseline, task_of, tokens
-from .rows import CPU, keys_of, sample, together, twins
+from .rows import CPU, keys_of, sample, tensors_of, together, twins
 from ..engine.batches import Batch, LoaderBatches, TensorBatches
 from ..engine.loaders import to_device
 from ..engine.losses import Classes, Objective, class_layout
 from ..engine.memory import cut
 from ..engine.probe import call
+from ..engine.scaling import Scaling, Standardised
 from ..engine.step import Computation
 from ..engine.tensors import is_frame
 
@@ -63,7 +64,7 @@ class Facts:
     target: Feature | None = None  # of a regression
     constant_target: bool = False
     inputs: list[Feature] = field(default_factory=list)  # a feature a column, for float tables up to 1000 columns; else one an input
-    normalised: bool = False  # the model begins with batch or instance normalisation: scales do not matter
+    normalised: bool = False  # the model begins by scaling or normalising them: scales do not matter
     badly_scaled: list[str] = field(default_factory=list)  # names of features
     constant_inputs: list[str] = field(default_factory=list)  # names of features
     missing: list[str] = field(default_factory=list)  # names of features with values that are not finite
@@ -147,20 +148,37 @@ def plain(
     """The model that torch.compile wrapped, or the model itself: looking at a few rows compiles nothing."""
     return getattr(model, "_orig_mod", model)
 
+def leaves(
+    model: nn.Module,
+) -> dict[str, nn.Module]:
+    """The modules without layers of their own that can be listened to, by name."""
+    return {name: m for name, m in model.named_modules()
+            if "parametrizations" not in name.split(".") and not isinstance(m, torch.jit.ScriptModule)
+            and all(child == "parametrizations" for child, _ in m.named_children())}
+
+def held(tensor: Tensor) -> bool:
+    """Whether its values lie somewhere: those of sparse tensors, and of what torch.func maps over, do not."""
+    return tensor.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
 def tried(
     compute: Computation,
     batch: Batch,  # on any device
-) -> tuple[Any, bool]:
-    """The model's output for the first rows, on the CPU, and whether a batch or instance normalisation is the first to see them."""
-    first: list[nn.Module] = []
-    hear = lambda module, *_: first.append(module)
-    layers = [m for m in plain(compute.model).modules() if not list(m.children()) and not isinstance(m, (nn.Flatten, nn.Unflatten))]
-    handles = [m.register_forward_pre_hook(hear) for m in layers]
-    few = cut(batch, 4)[0] if batch.rows > 4 else batch
-    try: output = call(plain(compute.model), to_device(few, compute.precision.device))
+) -> tuple[Any, set[str]]:
+    """The model's output for the first rows, on the CPU, and the names of the inputs that are scaled or normalised before all else."""
+    model, few = plain(compute.model), to_device(cut(batch, 4)[0] if batch.rows > 4 else batch, compute.precision.device)
+    takers: dict[int, nn.Module] = {}  # by the place of a tensor in memory; 0: the first of all
+
+    def hear(module: nn.Module, given: Any) -> None:
+        for place in (0, *(t.data_ptr() for t in tensors_of(given).values() if held(t))): takers.setdefault(place, module)
+
+    handles = [m.register_forward_pre_hook(hear) for m in leaves(model).values() if not isinstance(m, (nn.Flatten, nn.Unflatten))]
+    try: output = call(model, few)
     finally:
         for handle in handles: handle.remove()
-    return to_device(output, CPU), bool(first) and isinstance(first[0], nn.modules.batchnorm._NormBase)
+    places = {name: t.data_ptr() if held(t) else 0 for name, t in tensors_of(few.inputs).items()}
+    if len(places) > 1 or any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()): takers.pop(0, None)  # it may be another's
+    norms = (Scaling, nn.modules.batchnorm._NormBase)
+    return to_device(output, CPU), {name for name, place in places.items() if isinstance(takers.get(place, takers.get(0)), norms)}
 
 # %% ../../nbs/diagnose/36_facts.ipynb #4fbc84da
 def kind_of(
@@ -190,6 +208,7 @@ def facts(
     inputs = together([b.inputs for b in read])
     _inputs(found, inputs, columns)
     if compute.objective is not None: _targets(found, compute, read, inputs, columns)
+    elif isinstance(plain(compute.model), Standardised): _settle(found, set(plain(compute.model).scaling), inputs, columns)  # type: ignore[arg-type]
     twice = twins(keys_of(train, read), keys_of(valid, sample(valid, limit)) if valid is not None else None)
     return replace(found, **twice._asdict())
 
@@ -202,12 +221,19 @@ def _inputs(facts: Facts, inputs: Mapping[str, Tensor], columns: Sequence[str] |
     facts.constant_inputs = [f.name for f in facts.inputs if f.constant]
     facts.missing = [f.name for f in facts.inputs if f.missing]
 
+def _settle(facts: Facts, normalised: set[str], inputs: Mapping[str, Tensor], columns: Sequence[str] | None) -> None:
+    """Forgives the scales of inputs that the model scales itself."""
+    own = {f.name for k, (name, values) in enumerate(inputs.items()) if name in normalised
+           for f in describe(name, values[:1], columns if k == 0 else None)}
+    facts.badly_scaled = [name for name in facts.badly_scaled if name not in own]
+    facts.normalised = all(name in normalised for name, values in inputs.items() if values.is_floating_point()) and bool(normalised)
+
 def _targets(facts: Facts, compute: Computation, read: Sequence[Batch], inputs: Mapping[str, Tensor],
              columns: Sequence[str] | None) -> None:
     goal, objective = together([b.target for b in read]).get(""), compute.objective
     assert objective is not None
-    output, facts.normalised = tried(compute, read[0])
-    if facts.normalised: facts.badly_scaled = []
+    output, normalised = tried(compute, read[0])
+    _settle(facts, normalised, inputs, columns)
     facts.task = task_of(objective, goal)
     if goal is None: return
     facts.constant_target = bool((goal == goal[:1]).all()) and goal.numel() > 1
@@ -249,6 +275,7 @@ def _leaks(inputs: Mapping[str, Tensor], target: Tensor, columns: Sequence[str] 
               if not values.is_floating_point() and values.shape == target.shape and values.ndim > 1]
     same = any(v.shape == target.shape and torch.equal(v, target) for v in inputs.values() if v.is_floating_point())
     if same: return []  # an autoencoder gives back what it was given
+    if sum(v[:1].numel() for v in inputs.values()) < 2: return []  # the only column there is may well tell
     if target[:1].numel() > 16: return [(name, score) for name, score in copies if score >= 0.98]
     tables = {name: v.reshape(len(v), -1) for name, v in inputs.items() if v.is_floating_point() and v.ndim < 3 and len(v) == len(target)}
     named = {label: column for k, (name, v) in enumerate(tables.items()) if v.shape[1] <= COLUMNS

@@ -62,9 +62,14 @@ def _lost(layers: list[Layer], rows: int) -> Check | None:
 # %% ../../nbs/diagnose/36f_passchecks.ipynb #9dadf5a3
 SHRUNK = 1e-5
 
+def _owner(name: str) -> str:
+    """The layer of a parameter: the parametrised one, where it is parametrised."""
+    owner, found, _ = name.partition("parametrizations.")
+    return (owner.rstrip(".") if found else name.rpartition(".")[0]) or "model"
+
 def _owners(seen: Seen, names: Iterable[str]) -> list[str]:
     """Layers in the order of their call, those of parameters of these names."""
-    wanted = {name.rpartition(".")[0] or "model" for name in names}
+    wanted = {_owner(name) for name in names}
     called = [layer.name for layer in seen.look.layers if layer.name in wanted]
     return called + sorted(wanted - set(called))
 
@@ -74,7 +79,7 @@ def _chart_of(seen: Seen) -> str:
     by_layer: dict[str, float] = {}
     for name, norm in seen.look.gradients.items():
         if norm is None or sizes[name] < 2: continue
-        owner = name.rpartition(".")[0] or "model"
+        owner = _owner(name)
         by_layer[owner] = max(by_layer.get(owner, 0.0), norm / sizes[name] ** 0.5)
     values = [by_layer[name] for name in _owners(seen, (f"{n}." for n in by_layer))]
     line = Line("", range(1, len(values) + 1), values, "a", dots=True)

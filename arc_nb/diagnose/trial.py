@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .facts import plain
+from .facts import held, leaves, plain
 from .rows import tensors_of
 from ..engine.batches import Batch
 from ..engine.memory import cut
@@ -54,7 +54,7 @@ def layer_of(
         found.silent = float((units.reshape(-1, units.shape[-1]).amax(0) <= 0).float().mean())
     for kind, (low, high) in SQUASHED.items():
         if isinstance(module, kind): found.saturated = float(((values < low) | (values > high)).float().mean())
-    matrices = [p.detach() for p in module.parameters(recurse=False) if p.ndim > 1]
+    matrices = [p.detach() for p in module.parameters() if p.ndim > 1]  # a parametrised layer holds its own one below
     if matrices:
         largest = max(matrices, key=Tensor.numel)
         found.weight = float(largest.float().square().mean().sqrt())
@@ -67,7 +67,7 @@ class Look:
     """One forward and one backward pass."""
     loss: float
     seconds: float
-    kept: int  # bytes that autograd kept for the backward pass
+    kept: int | None  # bytes that autograd kept for the backward pass; None where that cannot be counted
     gradients: dict[str, float | None]  # parameter -> 2-norm; None where no gradient came
     sizes: dict[str, float]  # parameter -> its own 2-norm
     frozen: list[str]  # parameters that do not want a gradient
@@ -81,10 +81,10 @@ def heard(
     """Inside it, the first output of every module without children is looked at."""
     def hook(name: str) -> Any:
         def hear(module: nn.Module, _: Any, output: Any) -> None:
-            first = next(iter(tensors_of(output).values()), None)
-            if name not in found and first is not None and first.numel(): found[name] = layer_of(name, module, first)
+            first = next((t for t in tensors_of(output).values() if held(t) and t.numel()), None)
+            if name not in found and first is not None: found[name] = layer_of(name, module, first)
         return hear
-    handles = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if not any(True for _ in m.children())]
+    handles = [m.register_forward_hook(hook(name)) for name, m in leaves(model).items()]
     try: yield
     finally:
         for handle in handles: handle.remove()
@@ -123,8 +123,8 @@ def _norms(model: nn.Module) -> tuple[dict[str, float | None], list[str]]:
 def memory_of(
     compute: Computation,
     batch: Batch,
-) -> int:
-    """Bytes that autograd keeps for the backward pass of a batch; parameters do not count."""
+) -> int | None:
+    """Bytes that autograd keeps for the backward pass of a batch; parameters do not count. None where torch.func does not tell."""
     kept, own = dict[int, dict[int, int]](), {p.untyped_storage().data_ptr() for p in compute.model.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -136,7 +136,10 @@ def memory_of(
 
     with keeping_modes(compute.model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         compute.model.train()
-        loss = compute(batch)
+        try: loss = compute(batch)
+        except RuntimeError as error:
+            if "saved tensor hooks" in str(error): return None
+            raise
     del loss
     return sum(sum(parts.values()) for parts in kept.values())
 
@@ -192,7 +195,8 @@ def by_heart(
     with keeping_modes(model):
         model.train()
         for module in model.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd): module.eval()
+            kind = getattr(module, "original_name", "")  # of a scripted one
+            if isinstance(module, nn.modules.dropout._DropoutNd) or "Dropout" in kind: module.eval()
         for _ in range(steps):
             outcome = step([batch])
             losses.append(float(outcome.loss))
