@@ -14,7 +14,7 @@ import torch
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 from small import classes, net, trainer, weights
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from arc_nb import Trainer
 from arc_nb.diagnose.check import Check
@@ -22,6 +22,7 @@ from arc_nb.diagnose.checkup import TITLES, Checkup, asked, checkup
 from arc_nb.diagnose.facts import column_names, facts
 from arc_nb.diagnose.showing import show_batch
 from arc_nb.engine.randomness import random_state
+from arc_nb.engine.scaling import Scaling, Standardised
 
 DIGITS = load_digits()
 X, Y = (DIGITS.data / 16).astype("float32"), DIGITS.target
@@ -394,3 +395,140 @@ def test_facts_of_many_rows_are_quick() -> None:
     found = facts(setup.train, setup.valid, setup.compute)
     assert time.process_time() - began < 2  # a second on a quiet machine
     assert found.overlap == 0 and not found.leaks and not found.badly_scaled and found.relation and abs(found.relation.sigmas) < 3
+
+
+def scripted(part: str) -> nn.Module:
+    "A model that torch.jit.script has compiled, or a part of it."
+    model = layers(64, 32, 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if part == "all": return torch.jit.script(model)  # type: ignore[return-value]
+        model[0] = torch.jit.script(model[0])
+    return model
+
+
+@pytest.mark.parametrize("part", ["all", "first"])
+def test_a_scripted_model_is_checked_like_others(part: str) -> None:
+    made = Trainer(scripted(part), (X, Y), 0.2, loss="cross_entropy", run=False, board=False)
+    found = made.checkup()
+    assert found.passed and not any("error" in check.evidence for check in found), repr(found)
+    assert found["gradients"].verdict == found["one-batch"].verdict == "ok", repr(found)
+    made.fit(1, watch=True)
+    assert made.diagnose() is not None and not made.facts.normalised
+
+
+def test_what_is_scaled_in_front_counts_as_scaled() -> None:
+    wide = torch.tensor(X) * 1000
+    model = Standardised(layers(64, 32, 10), {0: Scaling(wide.mean(0), wide.std(0))})
+    made = Trainer(model, (wide, Y), loss="cross_entropy", run=False, board=False)
+    assert made.facts.normalised and not made.facts.badly_scaled and made.checkup()["inputs"].verdict == "ok"
+
+    def step(model: nn.Module, batch: Any) -> Tensor: return model(batch[0]).square().mean()
+    made = Trainer(Standardised(layers(64, 32, 10), {0: Scaling(wide.mean(0), wide.std(0))}), (wide,), step=step, run=False, board=False)
+    assert made.facts.normalised and not made.facts.badly_scaled
+
+
+def test_only_the_input_that_is_scaled_is_forgiven() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor: return self.a(a) + self.b(b)
+    x, y = classes()
+    scaling = {1: Scaling(torch.zeros(4), torch.full((4,), 1e4))}
+    for a, left in ((x, 0), (x * 1e4, 4)):
+        found = Trainer(Standardised(Two(), scaling), (a, x * 1e4, y), loss="cross_entropy", run=False, board=False).facts
+        assert len(found.badly_scaled) == left and found.normalised == False  # noqa: E712
+
+
+def spectral() -> nn.Sequential:
+    "A network with a parametrised layer."
+    return nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(64, 32)), nn.ReLU(), nn.Linear(32, 10))
+
+
+def test_a_parametrised_layer_is_one_layer() -> None:
+    torch.manual_seed(0)
+    made = trainer(spectral(), (torch.tensor(X), torch.tensor(Y)))
+    before = {k: v.clone() for k, v in made.model.state_dict().items()}
+    found = made.checkup()
+    assert found.passed and not any("error" in check.evidence for check in found), repr(found)
+    assert len(found["initialisation"].evidence["stds"]) == 2  # the layer, not its weight
+    assert all(torch.equal(v, before[k]) for k, v in made.model.state_dict().items())
+
+
+class Mapped(nn.Module):
+    "Calls a layer under torch.func.vmap."
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 32), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor: return self.last(torch.func.vmap(lambda row: self.first(row).relu())(x))
+
+
+def jacobian(model: nn.Module, batch: Any) -> Tensor:
+    "A loss with a penalty on the derivatives of the outputs."
+    slopes = torch.func.vmap(torch.func.jacrev(lambda row: model(row)))(batch[0])
+    return nn.functional.cross_entropy(model(batch[0]), batch[1]) + 1e-3 * slopes.square().mean()
+
+
+def test_models_under_vmap_are_not_blamed_for_it() -> None:
+    for found in (looked(Mapped()), looked(layers(64, 32, 10), batch_size=16, step=jacobian)):
+        assert found["gradients"].verdict == "ok" and not any("error" in check.evidence for check in found), repr(found)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "bce_with_logits"])
+def test_shares_are_learnt_by_heart_when_their_entropy_is_reached(loss: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(200, 10)
+    y = x[:, :3].softmax(1) if loss == "cross_entropy" else x[:, :3].sigmoid()
+    found = looked(layers(10, 16, 3), (x, y), 0.2, loss=loss, lr=1e-2)["one-batch"]
+    assert found.verdict == "ok" and found.evidence["floor"] > 0.3, found
+
+
+def test_streams_of_tokens() -> None:
+    count = torch.arange(4000).reshape(400, 10) % 20
+    assert looked(Small(20), (count, (count + 1) % 20))["labels"].verdict == "ok"
+    noise = torch.randint(0, 9, (300, 24), generator=torch.Generator().manual_seed(0))
+    memory = looked(Small(9), (noise, noise.roll(1, 1)))["labels"]
+    assert memory.verdict == "ok" and "1 place before" in memory.told
+    alone = looked(Small(9), (noise, torch.randint(0, 9, (300, 24), generator=torch.Generator().manual_seed(1))))["labels"]
+    assert alone.verdict == "warning" and "no token nearby" in alone.told
+    assert looked(Small(400), (torch.arange(400).reshape(40, 10),) * 2)["labels"].verdict == "skipped"
+
+
+def test_checks_by_name_by_number_and_some_of_them() -> None:
+    found = trainer().checkup()
+    assert "batch" in found and found[0] in found and "nothing" not in found and 0 not in found
+    assert found[0] is found["batch"] and found[-1].name == "memory"
+    some = found[:2]
+    assert isinstance(some, Checkup) and [check.name for check in some] == list(TITLES)[:2] and "Checkup:" in repr(some)
+    with pytest.raises(IndexError): found[99]
+
+
+def test_small_numbers_and_many_names_are_told_in_good_english() -> None:
+    x, y = classes(1000)
+    assert looked(net(2), (x[:2], torch.tensor([0, 1])))["classes"].told.startswith("Each of 2 classes has 1 row.")
+    both = looked(nn.Linear(3, 1), (torch.cat([x[:, :1] * k for k in (1, 2, 3)], 1), x[:, :1]), loss="mse")["leaks"]
+    assert both.told.startswith("Each of column ") and " predicts a target by itself" in both.told and "them" in both.advice
+    one = looked(nn.Linear(1, 1), (x[:, :1], 2 * x[:, :1] + 1), loss="mse")["leaks"]
+    assert one.verdict == "ok", one  # there is nothing else to learn from
+
+
+def test_a_target_that_is_far_too_large_is_named() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(200, 10)
+    assert "far smaller" in looked(layers(10, 16, 2), (x, x[:, :2] * 1e5), loss="mse")["target"].told
+
+
+def test_slow_rows_are_read_within_the_time() -> None:
+    class Rows(Dataset):
+        def __len__(self) -> int: return 3000
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            time.sleep(0.01)
+            return torch.randn(4), index % 3
+    made = trainer(net(), Rows(), valid=0.2, batch_size=32)
+    began = time.perf_counter()
+    found = made.checkup()
+    assert time.perf_counter() - began < 14  # ten on a quiet machine
+    assert found["lr"].verdict == "skipped" and "60 steps" in found["lr"].told

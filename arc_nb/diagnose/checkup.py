@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from html import escape
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 from .check import VERDICTS, Budget, Check, Seen
 from .datachecks import DATA_CHECKS
@@ -102,13 +102,21 @@ class Checkup:
         if verdict not in VERDICTS: raise ValueError(f"verdict={verdict!r} is unknown: take one of {', '.join(VERDICTS)}")
         return [check for check in self.checks if check.verdict == verdict]
 
-    def __getitem__(self, name: str) -> Check:
+    @overload
+    def __getitem__(self, name: str | int) -> Check: ...
+    @overload
+    def __getitem__(self, name: slice) -> "Checkup": ...
+    def __getitem__(self, name: str | int | slice) -> "Check | Checkup":
+        """A check by its name or place; some of them, in a checkup of their own, by a slice."""
+        if isinstance(name, slice): return Checkup(self.checks[name], self.about)
+        if isinstance(name, int): return self.checks[name]
         found = next((check for check in self.checks if check.name == name), None)
         if found is None: raise KeyError(f"no check is called {name!r}; there are {', '.join(check.name for check in self.checks)}")
         return found
 
     def __iter__(self) -> Iterator[Check]: return iter(self.checks)
     def __len__(self) -> int: return len(self.checks)
+    def __contains__(self, name: object) -> bool: return any(name in (check.name, check) for check in self.checks)
 
     def frame(self) -> "pd.DataFrame":
         """A row a check: name, verdict, told, advice, evidence."""
@@ -143,7 +151,7 @@ def asked(
 def _ask_lr(seen: Seen, lr_find: Callable[[], tuple[Curve, Suggestion]] | None, budget: Budget, steps: int = 60) -> Check:
     """The LR finder's word, where there is time for it."""
     if lr_find is None: return Check("lr", "skipped", "Nobody looked for a learning rate.")
-    needed = steps * seen.look.seconds
+    needed = steps * (seen.look.seconds + seen.drawing)
     if needed > budget.left:
         told = f"{steps} steps would take about {needed:.0f} s, more than is left of the {budget.seconds:g} s of the checkup."
         return Check("lr", "skipped", told, "trainer.lr_find() takes its time.")
@@ -175,9 +183,10 @@ def checkup(
 ) -> Checkup:
     """Asks all checks. Trains, draws batches and spoils weights: the caller puts everything back. ValueError where there is no batch."""
     began, time_left = time.perf_counter(), Budget(budget)
-    batches = list(islice(train.epoch(1), BATCHES))
-    if not batches: raise ValueError("there is nothing to check: the training data gave no batches")
-    seen = Seen(compute, step, batches, facts, lr)
+    drawn = [(batch, time.perf_counter()) for batch in islice(train.epoch(1), BATCHES)]
+    if not drawn: raise ValueError("there is nothing to check: the training data gave no batches")
+    seconds = (drawn[-1][1] - drawn[0][1]) / (len(drawn) - 1) if len(drawn) > 1 else drawn[0][1] - began  # the first starts workers too
+    seen = Seen(compute, step, [batch for batch, _ in drawn], facts, lr, seconds)
     order: dict[str, Callable[[], Check]] = {name: partial(check, seen) for name, check in DATA_CHECKS.items()}
     order |= {"initialisation": partial(check_initialisation, seen), "gradients": partial(check_gradients, seen),
               "one-batch": lambda: check_one_batch(seen, time_left), "device": partial(check_device, seen),

@@ -48,13 +48,18 @@ def check_labels(seen: Seen) -> Check:
     if found is None: return Check("labels", "skipped", "No simple rule can tell here whether inputs and target belong together.")
     evidence = {"agree": found.agree, "chance": found.chance, "sigmas": found.sigmas, "rows": found.rows}
     if seen.facts.kind == "tokens":
-        told = (f"The commonest follower of a token is right in {percent(found.agree)} of {found.rows:,} places; "
+        before = f" {found.back} {'places' if found.back > 1 else 'place'} before" if found.back else ""
+        told = (f"The token{before} alone tells the target in {percent(found.agree)} of {found.rows:,} places; "
                 f"one constant guess in {percent(found.chance)}")
     elif facts.classes is not None:
         told = f"A row's nearest neighbour has the same class in {percent(found.agree)} of the cases; by chance in {percent(found.chance)}"
     else: told = f"The target correlates at {found.agree:.2f} with that of a row's nearest neighbour"
     if found.sigmas >= SIGMAS: return Check("labels", "ok", told + ".", evidence=evidence)
     if found.rows < TOLD_ROWS: return Check("labels", "skipped", f"{told}: too few rows to tell.", evidence=evidence)
+    if seen.facts.kind == "tokens":
+        return Check("labels", "warning", f"{told}: no token nearby tells the target.",
+                     "That is well where the target needs a longer memory. Else look at the batch above: do the targets belong to their "
+                     "rows?", evidence)
     return Check("labels", "warning", f"{told}: inputs and labels seem to have nothing to do with each other.",
                  "Look at the batch above: do the labels belong to their rows? Has one of the two been shuffled or sorted alone?", evidence)
 
@@ -216,9 +221,11 @@ def check_leaks(seen: Seen) -> Check:
     if seen.facts.kind == "tokens":
         return Check("leaks", "failed", f"The targets are the inputs in {percent(leaks[0][1])} of the places: the model has only to copy.",
                      "Shift the targets by one: x = tokens[:, :-1], y = tokens[:, 1:].", {"score": leaks[0][1]})
-    return Check("leaks", "warning", f"{some([name for name, _ in leaks])} alone predicts the target nearly without error "
-                 f"({percent(leaks[0][1])} of what a constant gets wrong).", "If it is known only once the target is known, leave it out.",
-                 {"leaks": leaks})
+    names, several = some([name for name, _ in leaks]), len(leaks) > 1
+    told = f"Each of {names} predicts a target by itself" if several else f"{names} alone predicts the target"
+    goes = f"{'up to ' if several else ''}{percent(leaks[0][1])} of the error of a constant guess goes away"
+    return Check("leaks", "warning", f"{told}, nearly without error: {goes}.", f"Leave {'them' if several else 'it'} out if known only "
+                 "once the target is known.", {"leaks": leaks})
 
 # %% ../../nbs/diagnose/36e_datachecks.ipynb #4976699d
 IMBALANCED, SHARED = 10.0, 0.01
@@ -230,6 +237,8 @@ def check_classes(seen: Seen) -> Check:
     counts = facts.classes or {}
     rare, common = min(counts, key=lambda k: counts[k] or math.inf), max(counts, key=lambda k: counts[k])
     told = f"Class {common} has {counts[common]:,} rows and class {rare} has {counts[rare]:,}, {facts.imbalance:.3g} to 1"
+    if facts.imbalance == 1:
+        told = f"Each of {sum(n > 0 for n in counts.values())} classes has {counts[rare]:,} {'rows' if counts[rare] > 1 else 'row'}"
     evidence = {"imbalance": facts.imbalance, "absent": facts.absent}
     none = f" No row has class {some(facts.absent)}." if facts.absent else ""
     if facts.imbalance < IMBALANCED:

@@ -7,6 +7,7 @@ __all__ = ['STEPS', 'NEAR', 'HOPE', 'PART', 'BELOW', 'way', 'learnt', 'Trying', 
 # %% ../../nbs/diagnose/36g_trychecks.ipynb #2272dca7
 import math
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -17,13 +18,13 @@ import torch
 from torch import Tensor
 
 from .check import Budget, Check, Seen, drawn, marked
-from .guess import class_baseline, count_classes, number_baseline
+from .guess import class_baseline, count_classes, descend, number_baseline
 from .rows import CPU
 from .trial import ROWS, Course, by_heart, few, fresh
 from ..draw.svg import Line, duration, number, rate
 from ..engine.batches import Batch
 from ..engine.loaders import to_device
-from ..engine.losses import Classes
+from ..engine.losses import Classes, Objective
 from ..engine.sweep import Curve, Suggestion
 
 # %% ../../nbs/diagnose/36g_trychecks.ipynb #335b158d
@@ -39,13 +40,25 @@ def way(
     if objective is None or not isinstance(target, Tensor): return first, None
     outputs = seen.facts.outputs
     if isinstance(objective, Classes) and outputs:
+        if target.is_floating_point(): return _between(first, objective, target.float())
         counts = count_classes("classification", target, objective.ignore)
         if not counts or outputs > 4096: return first, 0.0
         start, floor = (class_baseline(objective, some, outputs)[0] for some in (counts, {max(counts): 1}))
         return (min(first, start) if start > 1.1 * floor + 1e-3 else first), floor
     if objective.name not in ("mse", "l1", "huber", "quantile", "bce", "bce_with_logits"): return first, None
+    if "bce" in objective.name and bool(((target > 0) & (target < 1)).any()): return _between(first, objective, target.float())
     constant = number_baseline(objective, seen.answer[0], target.float())
     return (constant if constant and 1e-3 * first < constant < first else first), 0.0
+
+def _between(first: float, objective: Objective, shares: Tensor) -> tuple[float, float]:
+    """Start and floor where targets (n, ...) are shares: the losses of the best constant, and of the targets themselves as a prediction."""
+    kind, most = objective.name, 1 - 1e-6
+    given: Callable[[Tensor], Tensor] = torch.log if isinstance(objective, Classes) else torch.logit if objective.activation else torch.abs
+    said = lambda prediction: objective(prediction, shares)
+    own, mean = (given(t.clamp(1 - most, most)) for t in (shares, shares.mean(0, keepdim=True).expand_as(shares)))
+    floor = float(said(own)) if kind == "bce" else descend(said, own)
+    start = float(said(mean))
+    return (min(first, start) if start > 1.1 * floor + 1e-3 else first), floor
 
 def learnt(
     course: Course,
@@ -206,10 +219,11 @@ def check_memory(seen: Seen) -> Check:
     trained = sum(p.numel() * p.element_size() for p in seen.step.parameters)
     states = [t for state in seen.step.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
     kept = sum(t.numel() * t.element_size() for t in states)
-    free, need = free_memory(seen.compute.precision.device), trained + kept + seen.look.kept
+    free, need = free_memory(seen.compute.precision.device), trained + kept + (seen.look.kept or 0)
     evidence = {"weights": weights, "gradients": trained, "optimizer": kept, "activations": seen.look.kept, "free": free}
+    activations = "unknown" if seen.look.kept is None else size(seen.look.kept)
     told = (f"Weights {size(weights)}, gradients {size(trained)}, optimizer {size(kept)}, activations of {seen.batch.rows} rows "
-            f"{size(seen.look.kept)}" + (f"; {size(free)} are free" if free else ""))
+            f"{activations}" + (f"; {size(free)} are free" if free else ""))
     if not free or need < 0.8 * free: return Check("memory", "ok", told + ".", evidence=evidence)
     return Check("memory", "failed" if need > free else "warning", f"{told}: that is {'too little' if need > free else 'tight'}.",
                  "Use a smaller batch_size with accumulate=, or fit(on_oom='accumulate').", evidence)
