@@ -44,8 +44,8 @@ def some(
     most: int = 3,
 ) -> str:
     """The first names, and how many there are besides."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + rest
+    told = [str(name) for name in names[:most]] + ([f"{len(names) - most} more"] if len(names) > most else [])
+    return " and ".join([", ".join(told[:-1]), told[-1]] if len(told) > 1 else told)
 
 def percent(share: float) -> str:
     """A share as 12.5%, 100% or 0.02%."""

@@ -222,9 +222,9 @@ def check_leaks(seen: Seen) -> Check:
         return Check("leaks", "failed", f"The targets are the inputs in {percent(leaks[0][1])} of the places: the model has only to copy.",
                      "Shift the targets by one: x = tokens[:, :-1], y = tokens[:, 1:].", {"score": leaks[0][1]})
     names, several = some([name for name, _ in leaks]), len(leaks) > 1
-    told = f"Each of {names} predicts a target by itself" if several else f"{names} alone predicts the target"
+    told = f"Taken alone, {names} {'each predict a' if several else 'predicts the'} target nearly without error"
     goes = f"{'up to ' if several else ''}{percent(leaks[0][1])} of the error of a constant guess goes away"
-    return Check("leaks", "warning", f"{told}, nearly without error: {goes}.", f"Leave {'them' if several else 'it'} out if known only "
+    return Check("leaks", "warning", f"{told}: {goes}.", f"Leave {'them' if several else 'it'} out if known only "
                  "once the target is known.", {"leaks": leaks})
 
 # %% ../../nbs/diagnose/36e_datachecks.ipynb #4976699d

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .check import Budget, Check, Seen, drawn, marked
+from .datachecks import FAR_LARGER
 from .guess import class_baseline, count_classes, descend, number_baseline
 from .rows import CPU
 from .trial import ROWS, Course, by_heart, few, fresh
@@ -149,6 +150,8 @@ def _not_learnt(own: Course, told: str, evidence: dict[str, Any], trying: Trying
     if floor is not None and best < floor + PART * (trying.start - floor):
         return say("warning", f"{told}{other}: the model learns them in part.", "It may be small, or need more steps.", evidence, shown)
     advice = "Look at the gradients, the initialisation and the loss above; then try a smaller learning rate, or a larger model."
+    target = trying.seen.facts.target
+    if target is not None and target.size > FAR_LARGER: advice = "Standardise the target first: its numbers are large."
     return say("failed", f"{told}{other}: the model cannot learn even these.", advice, evidence, shown)
 
 # %% ../../nbs/diagnose/36g_trychecks.ipynb #9605c3d7
