@@ -533,3 +533,17 @@ def test_slow_rows_are_read_within_the_time() -> None:
     found = made.checkup()
     assert time.perf_counter() - began < 14  # ten on a quiet machine
     assert found["lr"].verdict == "skipped" and "60 steps" in found["lr"].told
+
+
+class Shifted(nn.Sequential):
+    "What its layers give, and a little less."
+    def forward(self, x: Tensor) -> Tensor: return super().forward(x) - 1
+
+
+def test_the_last_layer_is_the_one_that_gives_the_output() -> None:
+    target = X.mean(1) - 0.5  # below 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        end = torch.jit.script(nn.Linear(32, 1))
+    for model in (layers(64, 32, end=None).append(nn.ReLU()).append(end), Shifted(*layers(64, 32, 1, end=nn.ReLU()))):
+        assert looked(model, (X, target), loss="mse")["loss"].verdict == "ok"

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .facts import Facts, leaves
-from .rows import CPU
+from .facts import Facts, held, leaves
+from .rows import CPU, tensors_of
 from .trial import Look, look, uncompiled
 from ..draw.svg import Axis, Box, Line, legend, picture, plot, tag, words
 from ..engine.batches import Batch
@@ -117,13 +117,15 @@ class Seen:
 
     @cached_property
     def answer(self) -> tuple[Any, nn.Module | None]:
-        """The model's output for the batch, on the CPU, and the module that was called last."""
-        last: list[nn.Module] = []
-        handles = [m.register_forward_hook(lambda module, *_: last.append(module)) for m in leaves(self.plain.model).values()]
+        """The model's output for the batch, on the CPU, and the module that gave it, where one did."""
+        last: list[tuple[nn.Module, Any]] = []  # the last one called, and what it gave
+        def hear(module: nn.Module, _: Any, given: Any) -> None: last[:] = [(module, given)]
+        handles = [m.register_forward_hook(hear) for m in leaves(self.plain.model).values()]
         try: output = call(self.plain.model, self.batch)
         finally:
             for handle in handles: handle.remove()
-        return to_device(output, CPU), last[-1] if last else None
+        places = [{t.data_ptr() for t in tensors_of(given).values() if held(t)} for given in (output, *(given for _, given in last))]
+        return to_device(output, CPU), last[0][0] if len(places) > 1 and places[0] & places[1] else None
 
     @cached_property
     def first_loss(self) -> float:
