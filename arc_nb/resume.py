@@ -156,7 +156,8 @@ def model_differs(
     other = [k for k in {**saved, **mine} if shape(saved, k) != shape(mine, k)]
     found = [f"the model's {k} was {shape(saved, k)}, and is {shape(mine, k)}" for k in other]
     if is_scaled(saved) != is_scaled(mine):
-        return [f"{'that one' if is_scaled(saved) else 'this one'} has a layer in front that scales the inputs (finding.apply() puts it there)"]
+        one = "that one" if is_scaled(saved) else "this one"
+        return [f"{one} has a layer in front that scales the inputs (finding.apply() puts it there)"]
     return found[:3] + ([f"{len(found) - 3} more of its weights differ"] if len(found) > 3 else [])
 
 # %% ../nbs/40c_resume.ipynb #c70c3e9f

@@ -183,6 +183,38 @@ def test_the_layers_go_on_with_a_further_fit_and_a_resume(tmp_path):
     assert set(Run(tmp_path / "run").layers.steps) == set(resumed.layers.steps)
 
 
+def spectral():
+    return nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 3))
+
+
+def per_row(model, batch):
+    "A penalty on each row's own derivatives, as physics-informed networks have."
+    slopes = torch.func.vmap(torch.func.jacrev(lambda row: model(row)))(batch[0])
+    return nn.functional.cross_entropy(model(batch[0]), batch[1]) + 1e-3 * slopes.square().mean()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit is old, and models made with it are about
+@pytest.mark.parametrize("name", ["spectral norm", "torch.func", "scripted in part"])
+def test_watching_unusual_models_changes_nothing(name):
+    ends = []
+    for watch in (False, True):
+        torch.manual_seed(0)
+        model = spectral() if name == "spectral norm" else net()
+        if name == "scripted in part": model = nn.Sequential(torch.jit.trace(model[:2], torch.zeros(2, 4)), model[2:])
+        t = trainer(model, classes(), **({"step": per_row} if name == "torch.func" else {}))
+        t.fit(epochs=3, watch=watch)
+        ends.append(torch.cat([v.reshape(-1) for v in t.model.state_dict().values()]))
+        assert t.diagnose() is not None
+    assert torch.equal(*ends) and len(t.layers.steps)
+
+
+def test_what_cannot_be_watched_costs_no_training(monkeypatch):
+    monkeypatch.setattr("arc_nb.diagnose.activations.measure", lambda *_: 1 / 0)
+    t = trainer()
+    with pytest.warns(RuntimeWarning, match="cannot be watched any longer"): t.fit(epochs=3, watch=True)
+    assert t.status.state == "completed" and not t.model._forward_hooks
+
+
 def test_findings_come_while_it_trains_too():
     said = []
     t = made(callbacks=[On(on_epoch_end=lambda trainer: said.append(trainer.diagnose()))])

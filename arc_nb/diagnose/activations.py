@@ -75,7 +75,8 @@ def first_tensor(output: Any) -> Tensor | None:
     if isinstance(output, dict): output = tuple(output.values())
     if isinstance(output, (tuple, list)): return next((t for t in map(first_tensor, output) if t is not None), None)
     usable = isinstance(output, Tensor) and output.is_floating_point() and output.layout == torch.strided and not output.is_nested
-    return output.detach() if usable and output.numel() else None
+    if not usable or torch._C._functorch.is_functorch_wrapped_tensor(output): return None  # within torch.func there are no values yet
+    return output.detach() if output.numel() else None
 
 def unit_dim(module: nn.Module, x: Tensor, before: int) -> int:
     """The dimension of the units in a layer's output; `before`: that of the layer before it."""
@@ -134,6 +135,7 @@ class Measured:
     """The numbers of one step, by layer."""
     def __init__(self):
         self.spent = 0.0  # seconds that measuring took
+        self.error: Exception | None = None  # what could not be measured costs no training
         self.forget()
 
     def forget(self) -> None:
@@ -169,7 +171,9 @@ class Measured:
               called: bool = False) -> None:
         self.calls[k, called] = count = self.calls.get((k, called), 0) + 1
         if count > CALLED: return
-        with torch._C.DisableTorchFunction(): self._measure(k, x, quiet, ends, activation, called)  # what follows is not the model's
+        try:
+            with torch._C.DisableTorchFunction(): self._measure(k, x, quiet, ends, activation, called)  # what follows is not the model's
+        except Exception as error: self.error = error
 
     def _measure(self, k: int, x: Tensor, quiet: float | None, ends: tuple[float, float] | None, activation: bool, called: bool) -> None:
         told = measure(some_of(x, SOME, self.unit), ends, activation)

@@ -12,6 +12,7 @@ from typing import Any
 
 # %% ../../nbs/diagnose/37a_advice.ipynb #de88ef88
 TITLES = {
+    "constant-target": "The target is the same in every row",
     "leak": "The inputs give the target away",
     "overlap": "Validation rows are training rows",
     "inputs-not-scaled": "Inputs are not scaled",
@@ -35,6 +36,8 @@ TITLES = {
 
 # %% ../../nbs/diagnose/37a_advice.ipynb #df931009
 ADVICE = {
+    "constant-target": ["Look at how the target is made: a wrong column, a filter that keeps one class, or a cast to whole numbers.",
+                        "If it is meant to be so, there is nothing to train."],
     "leak": ["Leave {name} out, and train again.", "If it is known when the model is used, no model is needed for it."],
     "overlap": ["Drop duplicates before splitting; keep rows that belong together (a patient, a day) on one side.",
                 "valid=0.2 splits by itself, without an overlap where rows are distinct."],

@@ -18,6 +18,7 @@ from ..draw.svg import number, rate
 # %% ../../nbs/diagnose/37e_findings.ipynb #ecc497af
 _TROUBLE = ("not-learning", "underfitting", "plateau", "lr-too-low", "saturation", "dead-units", "noisy-validation", "overfitting")
 EXPLAINS = {  # cause -> what it brings about; in order
+    "constant-target": _TROUBLE,
     "inputs-not-scaled": ("exploding-gradients", "lr-too-high", "vanishing-gradients", "nan", *_TROUBLE),
     "lr-too-high": ("nan", "exploding-gradients", "vanishing-gradients", *_TROUBLE),
     "exploding-gradients": ("nan", "vanishing-gradients", *_TROUBLE),
@@ -49,7 +50,7 @@ def remedy(
     """The finding, with what `apply()` does where the caller can do it."""
     lr, limit = seen.lr, inside.clip_limit(seen)
     lower, higher = (("lr", f"sets the learning rate to {rate(new)}", (new,)) for new in (lr / 10, lr * 10))
-    clip = ("clip", f"clips the gradient at {number(limit)}, the median of its norms so far", (limit,))
+    clip = ("clip", f"clips the gradient at {number(limit)}, a usual norm before it grew", (limit,))
     known = {"lr-too-high": lower, "plateau": lower, "lr-too-low": higher, "exploding-gradients": clip, "nan": clip,
              "overfitting": ("best", "puts the weights of the best checkpoint into the model", ()),
              "inputs-not-scaled": ("normalise", "scales the inputs by the mean and standard deviation of the training rows", ())}

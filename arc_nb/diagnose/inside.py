@@ -7,7 +7,7 @@ Docs: https://arc-nb.github.io/arc_nb/diagnose/inside.html.md"""
 # %% auto #0
 __all__ = ['FALL', 'SPIKE', 'BLOWN', 'HALF', 'IMBALANCE', 'SHARED', 'FEW', 'RULES', 'spoiled', 'profile', 'thirds', 'by_layer',
            'vanishing', 'spike', 'exploding', 'clip_limit', 'worst', 'over_time', 'dead_units', 'saturation', 'listed',
-           'unused', 'frozen', 'told_by', 'overlap', 'imbalance', 'not_scaled', 'leak']
+           'unused', 'frozen', 'told_by', 'constant_target', 'overlap', 'imbalance', 'not_scaled', 'leak']
 
 # %% ../../nbs/diagnose/37d_inside.ipynb #1814c4f7
 import math
@@ -73,7 +73,8 @@ def spike(seen: Evidence) -> tuple[float, int]:
 def exploding(seen: Evidence) -> Finding | None:
     """The signal blows up from layer to layer, or a gradient throws the model back."""
     names, values = profile(seen)
-    rise, begun = thirds(values), seen.train.start / seen.base if len(seen.train) and seen.base > 0 else 0.0
+    known = len(seen.train) and seen.base > 0 and not getattr(seen.facts, "constant_target", False)
+    rise, begun = thirds(values), seen.train.start / seen.base if known else 0.0
     times, at = spike(seen)
     grows = begun > BLOWN or rise > 1 / FALL
     if not grows and not times > SPIKE: return None
@@ -88,8 +89,9 @@ def exploding(seen: Evidence) -> Finding | None:
                    picture=picture, since=at or 1)
 
 def clip_limit(seen: Evidence) -> float:
-    """A limit that would have left half of the gradients as they were: the median of their norms."""
-    return float(np.median(seen.norm.values)) if len(seen.norm) else 1.0
+    """A limit that leaves usual gradients as they are: the median of their norms, of all or of the first tenth, whichever is lower."""
+    norms = seen.norm.values
+    return float(min(np.median(norms), np.median(norms[:max(3, len(norms) // 10)]))) if len(norms) else 1.0
 
 # %% ../../nbs/diagnose/37d_inside.ipynb #91ac4e7b
 HALF = 0.5  # of the units of a layer (SageMaker Debugger: DeadRelu, TanhSaturation); gallery: healthy at most 0.2
@@ -171,6 +173,12 @@ def told_by(seen: Evidence, name: str, default: Any) -> Any:
     found = getattr(seen.facts, name, None)
     return default if found is None else found
 
+def constant_target(seen: Evidence) -> Finding | None:
+    """A target that says nothing."""
+    if not told_by(seen, "constant_target", False): return None
+    return Finding("constant-target", "severe", {"rows": int(told_by(seen, "seen", 0))},
+                   "The target is the same in every row that was looked at: there is nothing to learn.", advise("constant-target"))
+
 def overlap(seen: Evidence) -> Finding | None:
     """Validation rows that are training rows too."""
     share, alike, rows = told_by(seen, "overlap", 0.0), told_by(seen, "repeated", 0.0), int(told_by(seen, "overlap_rows", 0))
@@ -207,5 +215,5 @@ def leak(seen: Evidence) -> Finding | None:
                    f"By itself, {name} tells the target (score {score:.3f} of 1): would it be known when the model is used?",
                    advise("leak", name=name))
 
-RULES: list[Callable[[Evidence], Finding | None]] = [vanishing, exploding, dead_units, saturation, unused, frozen, overlap, imbalance,
-                                                     not_scaled, leak]
+RULES: list[Callable[[Evidence], Finding | None]] = [vanishing, exploding, dead_units, saturation, unused, frozen, constant_target,
+                                                     overlap, imbalance, not_scaled, leak]

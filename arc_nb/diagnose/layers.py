@@ -252,7 +252,8 @@ class Layers(Writing):
     def find(cls, folder: str | Path | None) -> "Layers | None":
         """The layers of a run folder; None where none were watched."""
         if folder is None or not (Path(folder) / "layers.jsonl").exists(): return None
-        return cls(folder=folder).refresh()
+        found = cls(folder=folder).refresh()
+        return found if found.layers else None
 
 def _after(line: bytes, step: int) -> bool:
     """Whether the line holds a sample taken after the step, or is damaged."""

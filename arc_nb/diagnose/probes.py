@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from .layers import Layers
-from .measuring import NAMES, NORMS, Look, Plan, Window
+from .measuring import NAMES, NORMS, Look, Plan, Window, weight_of
 from ..engine.batches import Batch
 from ..engine.compiled import CompiledStep
 from ..engine.events import Callback
 from ..engine.memory import Kept
 from ..engine.randomness import rewinder
 from ..engine.step import Computation, Step
+from ..engine.telling import warn
 
 # %% ../../nbs/diagnose/35_probes.ipynb #0dd8b0d9
 PER_E = 64  # samples while the number of steps grows by a factor of e, at most
@@ -58,7 +59,7 @@ class Governor:
         """Whether to look at this step, counted from 1."""
         if not self.samples: return True
         if step - self.last < max(1, step / self.dense): return False
-        if self.counted + self.cost > self.share * self.elapsed + FREE: return False
+        if not self.share or self.counted + self.cost > self.share * self.elapsed + FREE: return False
         return step - self.last >= (step - self.start) / self.affordable(step)
 
     def affordable(self, step: int) -> float:
@@ -200,12 +201,25 @@ class Sampling(Attaching):
         look = self.detach()
         if look is None: return
         if not self.used and self.plan.told: self.used = True; self.layers.describe(self.plan.described)
-        look.send(self.window)
-        self.sent.append((step, rows, look))
+        try: look.send(self.window)
+        except Exception as error: look.error = error
         self.governor.paid(step, look.busy + look.outputs.spent)
+        wrong = look.error or look.outputs.error
+        if wrong: self.give_up(wrong)
+        else: self.sent.append((step, rows, look))
+
+    def give_up(self, error: Exception) -> None:
+        """Watches no longer, and says why; the training goes on."""
+        self.governor.share, self.sent = 0.0, []
+        warn(f"the layers of this model cannot be watched any longer, and the training goes on: {type(error).__name__}: {error}",
+             RuntimeWarning)
 
     def fetch(self, wait: bool = False) -> None:
         """Moves what has arrived into the layers, and writes it."""
+        try: self._fetch(wait)
+        except Exception as error: self.give_up(error)
+
+    def _fetch(self, wait: bool) -> None:
         began, governor, arrived = thread_time(), self.governor, len(self.sent)
         for extra in self.pace.extra(): governor.correct(extra)
         while self.sent and self.sent[0][2].fetch(wait):
@@ -234,13 +248,15 @@ class Ranking(Sampling):
 
     def ranks(self) -> None:
         """Effective ranks of weight matrices, for as long as the share of the time lasts."""
-        began, governor, found = thread_time(), self.governor, {}
-        todo = [k for k in self.plan.order if isinstance(w := getattr(self.plan.layers[k][1], "weight", None), Tensor) and w.dim() > 1
-                and 1 < min(w.flatten(1).shape) <= LARGEST and not isinstance(self.plan.layers[k][1], (*NORMS, nn.Embedding))]
+        began, governor = thread_time(), self.governor
+        found: dict[int, float] = {}
+        own = {k: w for k in self.plan.order if (w := weight_of(self.plan.layers[k][1])) is not None}
+        todo = [k for k, w in own.items() if w.dim() > 1 and 1 < min(w.flatten(1).shape) <= LARGEST
+                and not isinstance(self.plan.layers[k][1], (*NORMS, nn.Embedding))]
         start = self.turn % len(todo) if todo else 0
         for k in todo[start:] + todo[:start]:  # the samples come first: half of the share, and no more
             if governor.counted + (thread_time() - began) * (1 + 1 / max(1, len(found))) > 0.5 * governor.share * governor.elapsed: break
-            found[k] = rank_of(self.plan.layers[k][1].weight)  # type: ignore[arg-type]
+            found[k] = rank_of(own[k])
         self.turn, self.ranked = self.turn + len(found), self.at if found else self.ranked
         governor.pay(thread_time() - began)
         steps = self.layers.steps

@@ -44,6 +44,10 @@ class Finding:
     remedy: str = ""  # what `apply` does
     action: Callable[[], object] | None = field(default=None, repr=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or what goes to another process, tells of its remedy and cannot apply it."""
+        return {**vars(self), "action": None}
+
     def __post_init__(self):
         if self.severity not in SEVERITIES:
             raise ValueError(f"severity={self.severity!r} is unknown: take one of {', '.join(SEVERITIES)}")
@@ -150,6 +154,10 @@ class Findings(Asking):
     ):
         super().__init__(by_place(found))
         self.looked, self.seen = looked, seen
+
+    def __getitem__(self, which: Any) -> Any:
+        """One finding, or with a slice some of them, as findings."""
+        return Findings(list(self)[which], self.looked, self.seen) if isinstance(which, slice) else super().__getitem__(which)
 
     @property
     def headline(self) -> str:

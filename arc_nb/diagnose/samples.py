@@ -64,7 +64,7 @@ class Samples:
     @property
     def share(self) -> float:
         """The part of the training's time that measuring took."""
-        return self.spent / self.elapsed if self.elapsed else 0.0
+        return min(1.0, self.spent / self.elapsed) if self.elapsed else 0.0
 
     def describe(self, layers: Iterable[Layer]) -> None:
         """Takes other layers; values go along with the names."""
@@ -96,7 +96,8 @@ class Samples:
         return np.where(at >= 0, values[at, np.arange(len(self.layers))], np.nan) if len(values) else np.full(len(self.layers), np.nan)
 
     def histogram(self, layer: str, what: str = "weight", bins: int = 32) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Steps (n,), edges (bins + 1,) and counts (n, bins) of a layer's weights or gradients."""
+        """Steps (n,), edges (bins + 1,) and counts (n, bins) of a layer's weights or gradients; ValueError for an unknown layer."""
+        if layer not in self.names: raise ValueError(f"{layer!r} is no layer of this run: take one of {', '.join(self.names)}")
         return self.histograms.common(layer, what, bins)
 
 # %% ../../nbs/diagnose/33b_samples.ipynb #219476e0

@@ -202,8 +202,8 @@ class Suggestion:
 NOTHING = {
     "cut": "the sweep ended early ({ended}, after {n} of {steps} steps), before the loss rose: let it go on",
     "lost": "the loss rose, or was lost, before it had fallen ({ended} after {n} steps): begin with a smaller start= than {start:.2g}",
-    "stood": "the loss did not fall by more than its noise at any rate, and rose at the last ({ended} at {last:.2g}): in so few steps this model "
-             "learns nothing from these data. Take more steps=, or see what trainer.checkup() says",
+    "stood": "the loss did not fall by more than its noise at any rate, and rose at the last ({ended} at {last:.2g}): in so few steps this "
+             "model learns nothing from these data. Take more steps=, or see what trainer.checkup() says",
     "flat": "the loss did not fall by more than its noise: a larger end=, more steps= or repeats=3 may tell more; "
             "if none does, the model does not learn from these data"}
 
