@@ -156,7 +156,7 @@ class Look:
         loss = c.by_name.get(("train", "loss"))
         view = BoardView(source.name, where(source.folder), s.state, s.step / s.steps if s.steps else None, facts(s, c.best),
                          [*self.lines(s.alive), *self.earlier], list(c.ends), loss.marks().tolist() if loss else [],
-                         horizon(s.step, s.steps) if s.alive else None, cards(c, s), self.log, s.message)
+                         horizon(s.step, s.steps) if s.alive else None, cards(c, s), self.log, s.message or s.finding)
         view.heats = self.heats(view.span[1])
         return view
 
