@@ -6,7 +6,7 @@ __all__ = ['TITLES', 'WORDS', 'SIGNS', 'STYLE', 'BATCHES', 'mark', 'row', 'Check
 # %% ../../nbs/diagnose/38_checkup.ipynb #360f71f6
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
 from itertools import islice
@@ -75,14 +75,11 @@ def row(check: Check) -> str:
     return f"<div class='row'>{mark(check.verdict)}<div class='name'>{name}</div><div class='told'>{told}{advice}{shown}</div></div>"
 
 # %% ../../nbs/diagnose/38_checkup.ipynb #a9e3859c
+@dataclass(repr=False, eq=False)
 class Checkup:
     """What the checks of one Trainer said, in the order of the list."""
-    def __init__(
-        self,
-        checks: list[Check],
-        about: str = "",  # model and data, in a few words
-    ):
-        self.checks, self.about = checks, about
+    checks: list[Check]
+    about: str = ""  # model and data, in a few words
 
     @property
     def passed(self) -> bool:
