@@ -512,10 +512,10 @@ def measured(trainer: Trainer) -> dict[str, float]:
     "The numbers that the thresholds divide."
     seen = trainer.diagnose().seen
     ratio, valid = update_ratio(seen), seen.valid
-    gain = max(seen.base, valid.start) - valid.values.min() if len(valid) else math.nan
+    gain = (max(seen.base, valid.start) - valid.values.min() if len(valid) else math.nan) or math.nan
     found = {"update_ratio": np.nanmax(ratio, initial=0), "path": path(seen), "rise": risen(seen)[0], "profile": thirds(profile(seen)[1]),
              "dead": worst(seen, "dead")[1], "saturated": worst(seen, "saturated")[1], "learned": seen.learned,
-             "start": seen.train.start / seen.base, "lost": rise_of(valid)[0] / gain, "tremor": valid.tremor / gain}
+             "start": seen.train.start / max(seen.base, 1e-12), "lost": rise_of(valid)[0] / gain, "tremor": valid.tremor / gain}
     return {name: float(f"{value:.3g}") for name, value in found.items() if np.isfinite(value)}
 
 

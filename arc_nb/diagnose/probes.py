@@ -31,7 +31,7 @@ from ..engine.telling import warn
 
 # %% ../../nbs/diagnose/35_probes.ipynb #0dd8b0d9
 PER_E = 64  # samples while the number of steps grows by a factor of e, at most
-FREE = 0.02  # seconds that are not asked about
+FREE = 0.1  # seconds that any fit may spend, where the share of its time would be less
 ONCE = 0.05  # seconds that the first sample counts, at most, where something had to be loaded for it
 UNSEEN = 1.5  # what a sample costs in all, over what its own account sees; bench/watch.py: 1.2 on a GPT, 1.4 on a small MLP
 
@@ -59,16 +59,16 @@ class Governor:
         """Whether to look at this step, counted from 1."""
         if not self.samples: return True
         if step - self.last < max(1, step / self.dense): return False
-        if not self.share or self.counted + self.cost > self.share * self.elapsed + FREE: return False
-        return step - self.last >= (step - self.start) / self.affordable(step)
+        if not self.share or self.counted + self.cost > max(FREE, self.share * self.elapsed): return False
+        return step - self.last >= self.distance(step)
 
-    def affordable(self, step: int) -> float:
-        """Samples while the steps of this fit grow by a factor of e, so that they reach to its end."""
-        done = step - self.start - 1
-        if not self.steps or done < 1: return self.dense
+    def distance(self, step: int) -> float:
+        """Steps from the last sample to the next, each a factor further on, so that those that can still be paid for reach to the end."""
+        done, at = step - self.start - 1, max(1, self.last - self.start)
+        if not self.steps or done < 1: return 1.0
         time_left = self.elapsed * max(1.0, self.steps / done - 1)
-        samples = (FREE + self.share * (self.elapsed + time_left)) / max(self.cost, 1e-6)
-        return max(1.0, samples / (1 + math.log(max(1.0, self.steps / max(1.0, samples / 4)))))
+        left = (max(FREE, self.share * (self.elapsed + time_left)) - self.counted) / max(self.cost, 1e-6)
+        return at * ((max(self.steps, at) / at) ** (1 / left) - 1) if left >= 1 else math.inf
 
     def paid(self, step: int, seconds: float) -> None:
         """The sample of a step has cost so much."""

@@ -151,7 +151,8 @@ def panel(heats: Sequence[Heat],  # of the same rows
           ) -> str:
     "Markup of maps side by side: titles and legends, names, cells, steps."
     rows, gap = heats[0].rows, 16.
-    first = box.left + 6.3 * min(names, max(len(r) for r in rows)) + 8
+    rest = f"{heats[0].left_out} left out" if heats[0].left_out else ""
+    first = box.left + 6.3 * min(names, max(len(r) for r in [*rows, rest])) + 8
     wide = (box.right - first - gap * (len(heats) - 1)) / len(heats)
     bottom = box.top + 38 + ROW * len(rows)
     out = [words(first - 8, box.top + 38 + ROW * (i + .5) + 3.6, cut(r, names), size=10.5, anchor="end") for i, r in enumerate(rows)]
@@ -160,7 +161,7 @@ def panel(heats: Sequence[Heat],  # of the same rows
         area = Box(left, box.top + 38, left + wide, bottom)
         out += [words(left, box.top + 12, one.title, "fg", 12.5, weight=600), words(left, box.top + 29, one.unit, size=10.5),
                 key(one, area.right, box.top + 25), cells(one, area), _steps(one, area)]
-    if heats[0].left_out: out.append(words(first - 8, bottom + 15, f"{heats[0].left_out} left out", size=10.5, anchor="end"))
+    if rest: out.append(words(first - 8, bottom + 15, rest, size=10.5, anchor="end"))
     return "".join(out)
 
 def panel_height(heats: Sequence[Heat]) -> float:
