@@ -58,6 +58,7 @@ class Governor:
     def due(self, step: int) -> bool:
         """Whether to look at this step, counted from 1."""
         if not self.samples: return True
+        if self.steps and step == self.start + self.steps: return self.share > 0  # the last of the plan
         if step - self.last < max(1, step / self.dense): return False
         if not self.share or self.counted + self.cost > max(FREE, self.share * self.elapsed): return False
         return step - self.last >= self.distance(step)
@@ -67,7 +68,7 @@ class Governor:
         done, at = step - self.start - 1, max(1, self.last - self.start)
         if not self.steps or done < 1: return 1.0
         time_left = self.elapsed * max(1.0, self.steps / done - 1)
-        left = (max(FREE, self.share * (self.elapsed + time_left)) - self.counted) / max(self.cost, 1e-6)
+        left = (max(FREE, self.share * (self.elapsed + time_left)) - self.counted) / max(self.cost, 1e-6) - 1  # one is for the last step
         return at * ((max(self.steps, at) / at) ** (1 / left) - 1) if left >= 1 else math.inf
 
     def paid(self, step: int, seconds: float) -> None:
