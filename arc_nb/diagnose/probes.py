@@ -60,7 +60,8 @@ class Governor:
         if not self.samples: return True
         if self.steps and step == self.start + self.steps: return self.share > 0  # the last of the plan
         if step - self.last < max(1, step / self.dense): return False
-        if not self.share or self.counted + self.cost > max(FREE, self.share * self.elapsed): return False
+        kept = self.cost if self.steps else 0.0  # for the last step
+        if not self.share or self.counted + self.cost + kept > max(FREE, self.share * self.elapsed): return False
         return step - self.last >= self.distance(step)
 
     def distance(self, step: int) -> float:
