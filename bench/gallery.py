@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import sklearn
 import torch
+from _gpt import Block
 from sklearn import datasets
 from torch import nn
 from torch.nn import functional as F
@@ -134,19 +135,6 @@ class Recurrent(nn.Module):
         super().__init__()
         self.cell, self.head = kind(1, width, batch_first=True), nn.Linear(width, 1)
     def forward(self, x): return self.head(self.cell(x)[0][:, -1])
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-    def forward(self, x):
-        b, t, w = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, w))
-        return x + self.mlp(self.norm2(x))
 
 
 class GPT(nn.Module):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _gpt import Block
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -25,20 +26,6 @@ from arc_nb import Callback, Trainer
 
 torch.set_num_threads(1)
 board_room.place = lambda: "kernel"  # the live board is drawn and serialised as in a notebook, though nobody looks
-
-
-class Block(nn.Module):
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x):
-        b, t, w = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, w))
-        return x + self.mlp(self.norm2(x))
 
 
 class GPT(nn.Module):

@@ -152,15 +152,11 @@ class Page(Drawn):
     "The result in a notebook: shown, listened to, drawn again."
 
     def __init__(self,
-                 curve: Any,                        # a Curve
-                 suggestion: Any,                   # a Suggestion; None while the sweep goes on
-                 choose: Callable[[float], Any],    # called with the chosen rate
-                 name: str,                         # of the run
-                 now: float,                        # the learning rate as it is
-                 theme: str = "auto",               # "light", "dark" or "auto"
-                 show: bool = True,                 # while the sweep goes on, and at its end; False: only when somebody asks for it
+                 *given: Any,          # as `Result` takes them
+                 show: bool = True,    # while the sweep goes on, and at its end; False: only when somebody asks for it
+                 **named: Any,
                  ):
-        super().__init__(curve, suggestion, choose, name, now, theme)
+        super().__init__(*given, **named)
         self.shows, self.place, self._due = show, place(), 0.
         self._handles: list[Any] = []        # of what is displayed
         self._cell: int | None = None        # the notebook cell that shows it
