@@ -57,6 +57,7 @@ def check_monitor(
 class EarlyStopping(Callback):
     """Stops when a monitor has stayed away from its best for `patience` validations; gives the best weights back."""
     order = 50
+    everywhere = True
 
     def __init__(
         self,
@@ -110,6 +111,7 @@ class EarlyStopping(Callback):
 class Averaged(Callback):
     """Base of the averages: swaps the averaged weights in for validation and at the end."""
     order = -10
+    everywhere = True
 
     def __init__(self, use: bool = True):  # whether the model has the average when the fit has ended
         self.use, self.count, self.ended = use, 0, False

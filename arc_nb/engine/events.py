@@ -33,6 +33,7 @@ UNDOING = ("on_valid_end", "cleanup")  # the last listener comes first
 class Callback:
     """Base of all listeners: override the methods of the moments that matter to you; each takes the trainer."""
     order: int = 0  # lower comes first (last at on_valid_end and cleanup); the same number: in the order given
+    everywhere: bool = False  # where several processes train: in each of them, instead of in the first only; for what changes the model
 
     def on_fit_start(self, trainer: Any) -> None: ...
     def on_epoch_start(self, trainer: Any) -> None: ...

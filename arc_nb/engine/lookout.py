@@ -6,7 +6,7 @@ Docs: https://arc-nb.github.io/arc_nb/engine/lookout.html.md"""
 
 # %% auto #0
 __all__ = ['length_of', 'Parts', 'Lookout', 'obey', 'do_asked', 'Abandoned', 'UntilStopped', 'validate', 'log_epoch',
-           'report_not_finite', 'report_late', 'give_up']
+           'report_not_finite', 'report_late', 'compare', 'give_up']
 
 # %% ../../nbs/engine/12_lookout.ipynb #8b57e000
 import time
@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from .batches import Batch
-from .controls import Controls, Inbox, positive
+from .controls import Controls, Inbox, merged, positive
 from .events import Events
 from .goal import Goal
 from .guard import NOTHING, explain
 from .history import History, Status
 from .memory import cut
+from .ranks import ALONE, Ranks, parted
 from .rates import Schedule, set_lr
 from .recording import Recorder
 from .step import Computation, Outcome, Step, evaluate
@@ -53,6 +54,7 @@ class Parts:
     controls: Controls = field(default_factory=Controls)
     folder: str | Path | None = None  # of the run; None writes nothing
     accumulate: int = 1  # batches a step
+    ranks: Ranks = ALONE  # the processes that make these steps together
     on_save: Callable[[], Any] | None = None  # keeps the state as it stands between two steps
     on_start: Callable[[], Any] | None = None  # gives listeners of a resumed run what they knew, after their on_fit_start
 
@@ -63,6 +65,11 @@ class Parts:
     def length(self) -> int | None:
         """Batches an epoch; None where nobody knows."""
         return length_of(self.train)
+
+    @property
+    def asked(self) -> bool:
+        """Whether somebody asks for something, here or in another rank: the same answer in all of them."""
+        return self.ranks.agree(self.controls.waiting) or self.step.asked
 
     def set_lr(self, lr: float) -> None:
         """The rate from the next step on; under a schedule the rest of its curve is scaled by new/old."""
@@ -106,15 +113,14 @@ class Lookout:
 
     def look(self) -> None:
         """History, status, requests from outside, listeners."""
-        status, controls = self.parts.status, self.parts.controls
+        status = self.parts.status
         self.settle()
         rows, passed = self.rows - self.seen[0], status.elapsed - self.seen[1]
         if rows and passed:
             status.samples_per_second, self.seen = rows / passed, (self.rows, status.elapsed)
             self.parts.history.log(status.step, status.epoch, "train", "samples_per_second", status.samples_per_second)
-        if self.budget is not None and status.elapsed >= self.budget: controls.stop("the time limit was reached")
+        if self.budget is not None and status.elapsed >= self.budget: self.parts.controls.stop("the time limit was reached")
         self.tell()
-        if controls.waiting: obey(self)
         self.next = time.monotonic() + self.goal.tick
 
     def tell(self) -> None:
@@ -151,7 +157,8 @@ def obey(
 
 def do_asked(lookout: Lookout) -> bool:
     """Obeys what is waiting; True while the run is to be held."""
-    parts, asked = lookout.parts, lookout.parts.controls.take()
+    parts = lookout.parts
+    asked = merged(parts.ranks.gather(parts.controls.take()))
     if asked.lr is not None: parts.set_lr(asked.lr)
     if asked.final: lookout.final = asked.reason
     if asked.stop: lookout.stopping, parts.status.state, parts.status.message = True, asked.stop, asked.reason
@@ -165,11 +172,11 @@ class Abandoned(Exception):
 
 class UntilStopped:
     """Batches that end in Abandoned when a stop is asked for."""
-    def __init__(self, batches: Any, controls: Controls): self.batches, self.controls = batches, controls
+    def __init__(self, batches: Any, controls: Controls, ranks: Ranks): self.batches, self.controls, self.ranks = batches, controls, ranks
     def epoch(self, number: int = 1) -> Iterator[Batch]:
         """The batches of an epoch."""
         for batch in self.batches.epoch(number):
-            if self.controls.stopping: raise Abandoned
+            if self.ranks.agree(self.controls.stopping): raise Abandoned
             yield batch
 
 def validate(
@@ -180,8 +187,8 @@ def validate(
     status, before = parts.status, parts.status.state
     status.state = "validating"
     parts.events.emit("on_valid_start")
-    until = UntilStopped(parts.valid, parts.controls)
-    try: scores = evaluate(parts.compute, until, parts.metrics, limit, parts.step.valid_cuts, parts.step.on_oom)
+    until = UntilStopped(parts.valid, parts.controls, parts.ranks)
+    try: scores = evaluate(parts.compute, until, parts.metrics, limit, parts.step.valid_cuts, parts.step.on_oom, parts.ranks)
     except Abandoned: return False
     finally: status.state = before
     parts.history.extend(status.epoch, "valid", [status.step], {name: [value] for name, value in scores.items()})
@@ -195,7 +202,7 @@ def log_epoch(
 ) -> None:
     """Writes the epoch's row, with the training metrics and what they cost."""
     if parts.train_metrics:
-        row |= {f"train_{name}": value for name, value in parts.train_metrics.compute().items()} | {"metric_seconds": measuring}
+        row |= {f"train_{name}": value for name, value in parts.train_metrics.compute(parts.ranks).items()} | {"metric_seconds": measuring}
     columns = {name: [value] for name, value in row.items() if value is not None}
     parts.history.extend(parts.status.epoch, "epoch", [parts.status.step], columns)
 
@@ -209,6 +216,7 @@ def report_not_finite(
     """Warns, and asks for a stop: the optimizer has not stepped."""
     status = parts.status
     told = [(k, explain(parts.compute, piece)) for k, batch in enumerate(batches) for piece in cut(batch, parts.step.cuts.most)]
+    told = [found for some in parts.ranks.gather(told) for found in some]  # the bad rows may be another rank's
     at, sentence = next((found for found in told if found[1] != NOTHING), told[0])
     where, status.cause = f"batch {first + at}: {sentence}", sentence
     message = (f"stopped at step {status.step} (epoch {status.epoch}): the loss is {float(outcome.loss):g}, the gradient's norm "
@@ -222,6 +230,14 @@ def report_late(
     """Warns, and asks for a stop, when the device's values arrive: its optimizer has skipped these steps by itself."""
     give_up(parts, f"stopped at step {parts.status.step} (epoch {parts.status.epoch}): the loss or the gradient of step {step} was not "
                    "finite. The weights are those before that step; device='cpu' tells the layer.")
+
+def compare(parts: Parts) -> None:
+    """Warns where the weights of the ranks are no longer the same, which they are by themselves; those cut over the ranks are left out."""
+    named = [(name, p) for name, p in parts.compute.model.named_parameters() if type(p.data) is torch.Tensor]
+    found = parted(parts.ranks, named) if named else None
+    if not found or not parts.ranks.first: return
+    warn(f"the weights of rank {found[0]} are no longer those of rank 0, first in {found[1]}: something changes them on one rank only. "
+         "A callback runs on rank 0; one that changes the model says everywhere = True, and runs on every rank", RuntimeWarning)
 
 def give_up(parts: Parts, message: str) -> None:
     """Tells a person and the controls."""

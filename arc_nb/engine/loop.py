@@ -22,7 +22,7 @@ from .controls import signals_stop
 from .events import clean_up
 from .goal import Every, Goal
 from .history import History
-from .lookout import Lookout, Parts, log_epoch, obey, report_not_finite, validate
+from .lookout import Lookout, Parts, compare, log_epoch, obey, report_not_finite, validate
 from .randomness import set_random_state
 from .step import keeping_modes
 
@@ -91,9 +91,13 @@ class Steps:
         if not outcome.good: report_not_finite(parts, outcome, batches, 1 + at.batches - len(batches))
         else:
             if self.handlers["on_step_end"]: parts.events.emit("on_step_end")
-            if parts.valid is not None and self.valid_every.after_step(status.step): self._validate()
-        if parts.controls.waiting: obey(self.lookout)
+            if parts.valid is not None and self._is_time(status.step): self._validate()
         if time.monotonic() >= self.lookout.next: self.lookout.look()
+        if parts.asked: obey(self.lookout)
+
+    def _is_time(self, step: int) -> bool:
+        due = self.valid_every.after_step(step)
+        return self.parts.ranks.agree(due) if self.valid_every.seconds else due
 
     def _valid_is_due(self) -> bool:
         if self.parts.valid is None or self.lookout.stopping: return False
@@ -147,7 +151,7 @@ class Epochs(Steps):
                 self._step(batches)
                 if self.done: break
         except RuntimeError as error:  # an interrupt reaches a loader's processes too, and may end them before it ends the run
-            if parts.controls.waiting and "DataLoader worker" in str(error): obey(self.lookout)
+            if parts.controls.waiting and "DataLoader worker" in str(error) and not parts.ranks.many: obey(self.lookout)
             if not self.lookout.stopping: raise
         if status.step == self.at.first_step and not self.lookout.stopping:
             raise ValueError("the training data gave no batches in this epoch")
@@ -166,8 +170,9 @@ class Epochs(Steps):
             parts.schedule.on_epoch(parts.history.latest(parts.schedule.monitor))
         at.inside, at.mark = False, None
         parts.events.emit("on_epoch_end")
-        if parts.controls.waiting: obey(lookout)
+        if parts.ranks.many: compare(parts)
         if time.monotonic() >= lookout.next: lookout.look()
+        if parts.asked: obey(lookout)
 
 
 # %% ../../nbs/engine/12b_loop.ipynb #9dc3ffbf

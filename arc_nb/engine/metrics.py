@@ -7,12 +7,13 @@ Docs: https://arc-nb.github.io/arc_nb/engine/metrics.html.md"""
 # %% auto #0
 __all__ = ['METRICS', 'FEEDS', 'known_metrics', 'How', 'Feed', 'is_multiclass', 'feed_classes', 'feed_numbers', 'feed_tokens',
            'feed_ranks', 'feed_texts', 'needs', 'check_feed', 'within', 'Member', 'keep', 'plain', 'together',
-           'Metrics', 'drop', 'pick', 'states_of', 'put_states', 'metrics', 'member']
+           'Metrics', 'drop', 'pick', 'on', 'states_of', 'joined', 'put_states', 'metrics', 'member']
 
 # %% ../../nbs/engine/05_metrics.ipynb #e78a2c36
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from .losses import arrange, class_layout, fit_shape
 from .lookup import check_options, split_spec, unknown
+from .ranks import ALONE, Ranks
 
 # %% ../../nbs/engine/05_metrics.ipynb #ac8312f5
 METRICS: dict[str, tuple[str, str, dict[str, Any], str]] = { # name -> what it is fed, torchmetrics class, options, a line
@@ -170,13 +172,25 @@ class Member:
             if self.built is None: self.built = self.build(fed)
             self.built.update(*fed.args)
 
-    def compute(self) -> dict[str, Any]: # name -> float, or a nested list for a table
-        if self.kept: return {self.name: float(self.what(*map(together, zip(*self.kept))))}
-        if self.built is None or not getattr(self.built, "update_called", True): return {}
-        value = self.built.compute()
+    def compute(self, ranks: Ranks = ALONE) -> dict[str, Any]: # name -> float, or a nested list for a table
+        kept = [pair for some in ranks.shares(self.kept) for pair in some] if self.kind == "function" else []
+        if kept: return {self.name: float(self.what(*map(together, zip(*kept))))}
+        if not ranks.any(self.built is not None and getattr(self.built, "update_called", True)): return {}
+        with self.everywhere(ranks): value = self.built.compute()
         if not isinstance(value, dict): return {self.name: plain(value)}
         if self.what == "ROUGEScore": return {key[:-9]: plain(v) for key, v in value.items() if key.endswith("_fmeasure")}
         return {key: plain(v) for key, v in value.items()}
+
+    @contextmanager
+    def everywhere(self, ranks: Ranks) -> Iterator[None]:
+        "Inside, the torchmetrics object holds what all ranks have seen, and asks nobody else for it"
+        parts = [part for part in self.built.modules() if hasattr(part, "metric_state")] if isinstance(self.built, torch.nn.Module) else []
+        for part in parts: part._to_sync = part.sync_on_compute = False
+        if ranks.data_world == 1: yield; return
+        before = states_of(self.built)
+        put_states(self.built, joined(parts, ranks.shares(before)))
+        try: yield
+        finally: put_states(self.built, before)
 
     def build(self, fed: Feed) -> Any: # the torchmetrics object for such a batch, on its device
         with warnings.catch_warnings(), torch.inference_mode(False):
@@ -200,6 +214,7 @@ class Metrics:
     "Several metrics over the rows of many batches"
     def __init__(self, members: Iterable[Member]) -> None:
         self.members, self.rows = list(members), 0
+        self.first = 0 # the number of the first query: where several processes measure, each has numbers of its own
 
     @property
     def names(self) -> list[str]: return [member.name for member in self.members]
@@ -222,12 +237,14 @@ class Metrics:
         "Count a batch in; `indexes` say which query a row of a flat ranking belongs to"
         if weight is not None: output, target = (drop(values, weight.reshape(-1) != 0) for values in (output, target))
         for member in self.members:
-            more = {"indexes": indexes, "first": self.rows} if member.kind == "ranks" else {}
+            more = {"indexes": indexes, "first": self.first + self.rows} if member.kind == "ranks" else {}
             member.update(pick(member, output, "outputs"), pick(member, target, "targets"), **more)
         self.rows += len(output) if isinstance(output, (Tensor, list)) else 0
 
-    def results(self) -> dict[str, Any]: return {name: value for member in self.members for name, value in member.compute().items()}
-    def compute(self) -> dict[str, float]: return {name: v for name, v in self.results().items() if isinstance(v, (int, float))}
+    def results(self, ranks: Ranks = ALONE) -> dict[str, Any]:
+        return {name: value for member in self.members for name, value in member.compute(ranks).items()}
+    def compute(self, ranks: Ranks = ALONE) -> dict[str, float]: # over the rows that all ranks have seen
+        return {name: v for name, v in self.results(ranks).items() if isinstance(v, (int, float))}
     def tables(self) -> dict[str, list[Any]]: return {name: v for name, v in self.results().items() if isinstance(v, list)}
 
     def reset(self) -> None: # for the next epoch
@@ -268,11 +285,28 @@ def pick(member: Member, values: Any, what: str) -> Any:
                     f'say which with ("mae", {{"output": {keys[0]!r}}})')
 
 # %% ../../nbs/engine/05_metrics.ipynb #e62c23ad
+def on(device: torch.device, value: Any) -> Any:
+    "A state on a device: a tensor, or a list of tensors, or of texts that stay what they are"
+    if isinstance(value, list): return [on(device, v) for v in value]
+    return value.to(device) if isinstance(value, Tensor) else value
+
 def states_of(built: Any) -> dict[str, Any]: # name of each torchmetrics object in it -> its states
     "What a torchmetrics object has seen"
     parts = built.named_modules() if isinstance(built, torch.nn.Module) else ()
     return {name: {"count": part._update_count, "values": {key: list(value) if isinstance(value, list) else value
             for key, value in part.metric_state.items()}} for name, part in parts if hasattr(part, "metric_state")}
+
+def joined(parts: list[Any], seen: list[dict[str, Any]]) -> dict[str, Any]: # the torchmetrics objects, and the states of each rank
+    "The states of one that has seen all: lists one after the other, tensors by the reduction that torchmetrics has for them"
+    found: dict[str, Any] = {}
+    for part, (name, first) in zip(parts, seen[0].items()):
+        count, values = sum(states[name]["count"] for states in seen), {}
+        for key in first["values"]:
+            all_of, reduce = [states[name]["values"][key] for states in seen], part._reductions[key]
+            if isinstance(all_of[0], list): values[key] = [value for some in all_of for value in some]
+            else: values[key] = (reduce or (lambda stacked: stacked))(torch.stack([value.to(part.device) for value in all_of]))
+        found[name] = {"count": count, "values": values}
+    return found
 
 def put_states(built: Any, states: dict[str, Any]) -> None:
     "Gives it back what it had seen"
@@ -280,8 +314,7 @@ def put_states(built: Any, states: dict[str, Any]) -> None:
     parts = dict(built.named_modules())
     for name, saved in states.items():
         device = parts[name].device
-        for key, value in saved["values"].items():
-            setattr(parts[name], key, [v.to(device) for v in value] if isinstance(value, list) else value.to(device))
+        for key, value in saved["values"].items(): setattr(parts[name], key, on(device, value))
         parts[name]._update_count, parts[name]._computed = saved["count"], None
 
 # %% ../../nbs/engine/05_metrics.ipynb #c712cab6

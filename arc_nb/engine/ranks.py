@@ -54,6 +54,12 @@ class Ranks:
         "Everybody's value, by rank."
         return [value]
 
+    def shares(self, value: T) -> list[T]:
+        "The values of those that divide the rows, by their share."
+        found: dict[int, T] = {}
+        for rank, one in self.gather((self.data_rank, value)): found.setdefault(rank, one)
+        return [found[rank] for rank in sorted(found)]
+
     def share(self, make: Callable[[], T]) -> T:
         "What `make` gives on rank 0, for everybody; where it raises there, it raises everywhere."
         return make()
