@@ -79,8 +79,8 @@ class TensorBatches:
         if self.device.type == "cuda": parts = [t.pin_memory() for t in parts]
         return [t.to(self.device, non_blocking=True) for t in parts]
 
-    def _cut(self, chunk: list[Tensor]) -> Iterator[Batch]:
-        for slices in zip(*(t.split(self.batch_size) for t in chunk)):
+    def _cut(self, chunk: list[Tensor], size: int | None = None) -> Iterator[Batch]:
+        for slices in zip(*(t.split(size or self.batch_size) for t in chunk)):
             self.drawn += 1
             if self.simple and len(slices) > 1: yield Batch(slices[:-1], slices[-1], None, len(slices[0]), slices)
             else: yield unpack(self.rebuild(slices), **self.naming)
