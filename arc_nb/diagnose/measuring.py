@@ -153,6 +153,13 @@ class Listening(Blocks):
             self.put("piece", [rows], size)
 
     @quietly
+    def share(self, rows: int, square: float) -> None:
+        """Of several ranks: this rank's rows, and the squared norm of the mean gradient over them alone."""
+        if "gradients" not in self.names: return
+        self.piece_rows = rows
+        self.put("piece", [rows], torch.tensor([square], device=self.plan.parameters[0].device))
+
+    @quietly
     def before(self, grads: Sequence[Tensor | None]) -> None:
         """The whole gradient is there; the weights have not moved."""
         if self.heard: return
@@ -271,7 +278,7 @@ class Look(Sent):
         return {name: v[self.plan.order] for name, v in translate(self.plan, found, outputs).items()}
 
     def pieces(self, rows: int) -> tuple[float, float] | None:
-        """Of the gradient noise scale, where several batches made the step of so many rows; else None."""
+        """Of the gradient noise scale, where several batches or ranks made the step of so many rows; else None."""
         blocks = self.numbers()
         if "piece" not in blocks or "gradient" not in blocks or rows <= self.piece_rows: return None
         large = float((blocks["gradient"][0][1] ** 2).sum())
