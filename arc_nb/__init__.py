@@ -1,16 +1,24 @@
-"""arc_nb: train PyTorch models in notebooks. Names are loaded when they are first used, so that the import costs little."""
+"""Train PyTorch models in notebooks: a live board, one Trainer, nothing lost
+
+Modules:
+
+- `arc_nb.engine.worker`: What runs in a process that `engine.launch` has started: a plain module, as process start-up makes bad reading."""
+
 __version__ = "0.1.0"
 
 from typing import TYPE_CHECKING
 
 _rooms = {"Trainer": "trainer", "show": "runs", "Callback": "engine.events", "Checkpoints": "engine.keeping",
-          "EarlyStopping": "engine.callbacks", "EMA": "engine.callbacks", "SWA": "engine.callbacks"}
-__all__ = ["Trainer", "Callback", "Checkpoints", "EarlyStopping", "EMA", "SWA", "show"]
+          "EarlyStopping": "engine.callbacks", "EMA": "engine.callbacks", "SWA": "engine.callbacks",
+          "notebook_launch": "processes", "Cluster": "engine.cluster"}
+__all__ = ["Trainer", "Callback", "Checkpoints", "EarlyStopping", "EMA", "SWA", "show", "notebook_launch", "Cluster"]
 
 if TYPE_CHECKING:
     from .engine.callbacks import EMA, SWA, EarlyStopping
+    from .engine.cluster import Cluster
     from .engine.events import Callback
     from .engine.keeping import Checkpoints
+    from .processes import notebook_launch
     from .runs import show
     from .trainer import Trainer
 

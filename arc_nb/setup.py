@@ -11,15 +11,18 @@ __all__ = ['check_numbers', 'make_goal', 'check_fit', 'check_choices', 'check_ke
 # %% ../nbs/40_setup.ipynb #68944f7c
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.data import DataLoader, Dataset
 
 from .engine.batches import Batch, LoaderBatches, TensorBatches, hold_out, make_batches
 from .engine.events import Callback
+from .engine.gathered import whole_state
 from .engine.goal import Every, Goal, check_whole, seconds
 from .engine.keeping import Checkpoints
 from .engine.lookout import Parts, length_of
@@ -30,8 +33,12 @@ from .engine.precision import Precision, pick_device
 from .engine.probe import probe
 from .engine.randomness import seeded
 from .engine.rates import schedule as make_schedule
+from .engine.ranks import join
 from .engine.rates import set_lr
+from .engine.rankstep import RankStep
+from .engine.shards import share
 from .engine.step import Computation, Step, make_step
+from .engine.strategies import Placed, check_strategy, divide, place
 from .engine.telling import warn
 from .settings import settings
 
@@ -89,7 +96,7 @@ def check_choices(
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}: make an object of it" if isinstance(model, type) else f"a {type(model).__name__}"
         raise TypeError(f"model has to be a torch.nn.Module, and this is {what}")
-    if strategy != "auto": raise ValueError(f"strategy={strategy!r}: this version trains in one process, strategy='auto'")
+    check_strategy(strategy)
     for tracker in track if isinstance(track, (tuple, list)) else [track]:
         if isinstance(tracker, str):
             raise ValueError(f"track={tracker!r}: this version knows no tracker by name; give a Callback that writes where you want")
@@ -185,6 +192,7 @@ class Materials:
         given: Mapping[str, Any],  # the arguments of a Trainer
     ):
         self.given, defaults = given, settings()
+        self.ranks = join(given["device"])  # before the device is chosen: torchrun's processes have one each
         device = pick_device(defaults["device"] if given["device"] == "auto" else given["device"])
         precision = Precision(defaults["precision"] if given["precision"] == "auto" else given["precision"], device)
         model: nn.Module = given["model"].to(device)
@@ -249,6 +257,7 @@ class Setup(Materials):
         self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
         if given["l1"] or given["l2"]: self.compute.penalty = penalty(model, given["l1"], given["l2"])
         self.step = self._step()
+        self.placed: Placed | None = None  # where several processes train together
         check_schedule(given["schedule"], self.optimizer, given["lr"], self.valid is not None)
         self.put_in_place(model)
 
@@ -272,6 +281,36 @@ class Setup(Materials):
         from arc_nb.engine.compiled import CompiledStep
         return CompiledStep(self.compute, self.optimizer, given["clip_norm"], given["clip_value"])
 
+    def spread(self) -> None:
+        """Lays model and optimizer out over the processes that train together, once; ValueError for what one process alone can do."""
+        if self.placed is not None: return
+        self.ranks, strategy = join(self.given["device"]), check_strategy(self.given["strategy"])
+        if not self.ranks.many and strategy.name == "auto" and not strategy.options: return
+        trial = None if self.example is None else partial(self.compute, self.example)
+        placed = place(strategy, self.given["model"], self.optimizer, divide(strategy, self.ranks), self.given["compile"], trial)
+        self.placed, self.ranks, self.optimizer = placed, placed.ranks, placed.optimizer
+        if not self.ranks.many: return
+        self.step = RankStep(self.compute, placed, self.given["clip_norm"], self.given["clip_value"])
+        for metrics in (self.metrics, self.train_metrics):
+            if metrics: metrics.first = self.ranks.data_rank << 40  # no rank has so many queries
+
+    @property
+    def whole(self) -> bool:
+        """Whether every process holds the whole model and all that the optimizer knows."""
+        placed = self.placed
+        return placed is None or not (placed.sharded or placed.apart > 1 or isinstance(self.optimizer, ZeroRedundancyOptimizer))
+
+    def weights(
+        self,
+        together: bool,  # whether all processes ask, and rank 0 is to have everything
+    ) -> dict[str, Any]:
+        """{"model": .., "optimizer": ..}: their states; the optimizer's is empty where it is spread over others who were not asked."""
+        model = self.given["model"]
+        if self.placed is not None and together:
+            self.placed.settle()
+            return whole_state(model, self.optimizer, self.ranks) or {"model": {}, "optimizer": {}}
+        return {"model": model.state_dict(), "optimizer": self.optimizer.state_dict() if self.whole else {}}
+
     def set_lr(
         self,
         lr: float,  # of the first group
@@ -289,7 +328,9 @@ class Setup(Materials):
     ) -> Parts:
         """What the loop needs for one fit; ValueError for a schedule whose end is not known."""
         accumulate = self.given["accumulate"]
-        parts = Parts(self.compute, self.step, self.train, self.valid, self.metrics, self.train_metrics, accumulate=accumulate, **shared)
+        train, valid = share(self.train, self.ranks), share(self.valid, self.ranks)
+        parts = Parts(self.compute, self.step, train, valid, self.metrics, self.train_metrics, accumulate=accumulate, ranks=self.ranks,
+                      **shared)
         if self.given["schedule"] is None: return parts
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs): set_lr(group, lr)
         total = goal.horizon(parts.length, parts.accumulate)

@@ -11,6 +11,8 @@ __all__ = ['State', 'Stating', 'Listening', 'Foldered']
 import shutil
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +22,10 @@ from torch import nn
 from .engine.checkpoint import sweep, versions
 from .engine.controls import positive
 from .engine.events import Callback, Events, order_table
+from .engine.gathered import full
 from .engine.keeping import Checkpoints
 from .engine.loop import Loop, place_of
+from .engine.ranks import Ranks
 from .engine.randomness import random_state
 from .engine.telling import warn
 from .resume import Found, beside_weights, data_of, fingerprint, home_of
@@ -46,6 +50,8 @@ class State(Source):
     _settings: dict[str, Any]  # as they were said
     _data: dict[str, Any] | None = None  # what was said of them
     _probes: "Probes | None" = None  # who watches the layers in this fit
+    _together = False  # whether all processes of this training do the same just now
+    _place: dict[str, Any] | None = None  # where the last fit stood, where other processes made it
 
     @property
     def model(self) -> nn.Module: return self.setup.given["model"]
@@ -53,6 +59,10 @@ class State(Source):
     def optimizer(self) -> torch.optim.Optimizer: return self.setup.optimizer
     @property
     def validates(self) -> bool: return self.setup.valid is not None
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train together, this one among them."""
+        return self.setup.ranks
     @property
     def monitors(self) -> list[str] | None:
         """The columns that validation gives; none without validation, None where that is known only when it has been measured."""
@@ -66,6 +76,10 @@ class State(Source):
     def sound(self) -> bool:
         """Whether the weights are whole: False after an error in the middle of the optimizer's step."""
         return self.setup.step.sound
+    @property
+    def whole(self) -> bool:
+        """Whether this process holds all of the model and of what the optimizer knows, which sharding spreads over several."""
+        return self.setup.whole
     @property
     def loss(self) -> Any:
         """Of the last step: a float on the CPU, else a tensor on its device; None before the first."""
@@ -89,26 +103,38 @@ class Stating(State):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes while training, in plain types and tensors."""
-        setup, loop, model = self.setup, self.loop, self.model.state_dict()
+        setup, loop, weights = self.setup, self.loop, self.setup.weights(self._together)
+        model = weights["model"]
         used: dict[str, Any] = {}
         raw: dict[str, Any] = {}
-        for callback in self.callbacks:
-            for_use, for_training = callback.swapped()
+        for callback in self.callbacks_here:
+            for_use, for_training = self._whole(callback, callback.swapped())
             used |= for_use; raw |= for_training
-        state = {"model": {**model, **used}, "raw": {name: raw.get(name, model[name]) for name in used},
+        state = {"model": {**model, **used}, "raw": {name: raw.get(name, model.get(name)) for name in used},
                  "beside": beside_weights(self.model, setup.given["loss"]),
-                 "optimizer": self.optimizer.state_dict(), "precision": setup.compute.precision.state_dict(),
+                 "optimizer": weights["optimizer"], "precision": setup.compute.precision.state_dict(),
                  "step_state": setup.step.state_dict(), "base_lrs": list(setup.base_lrs), "horizon": self.horizon,
                  "schedule": loop.parts.schedule.state_dict() if loop and loop.parts.schedule else {},
                  "step": self.step, "epoch": self.epoch,
-                 "callbacks": [{"name": type(c).__name__, "state": c.state_dict()} for c in self.own_callbacks],
+                 "callbacks": [{"name": type(c).__name__, "state": self._whole(c, c.state_dict())} for c in self.own_callbacks],
                  "random": random_state() if self._thread or self._random is None else self._random}
-        return state | ({"place": place_of(loop)} if loop else {})
+        if self._together and self.ranks.many: state["others"] = self.ranks.gather(state["random"])[1:]
+        place = place_of(loop) if loop else self._place
+        return state | ({"place": place} if place else {})
+
+    def _whole(self, callback: Callback, value: Any) -> Any:
+        """What a callback knows, with what is cut over the processes put together; all of them have to ask."""
+        return full(value, self.ranks) if self._together and callback.everywhere and not self.setup.whole else value
+
+    @property
+    def callbacks_here(self) -> list[Callback]:
+        """The callbacks that run in this process: all of them in the first, in the others those that change the model."""
+        return [c for c in self.callbacks if self.ranks.first or c.everywhere]
 
     @property
     def own_callbacks(self) -> list[Callback]:
         """Those that have something to remember: all but what keeps the checkpoints."""
-        return [c for c in self.callbacks if not isinstance(c, Checkpoints)]
+        return [c for c in self.callbacks_here if not isinstance(c, Checkpoints)]
 
     def metadata(self) -> dict[str, Any]:
         """What a checkpoint says of itself: where it stands, what was measured there, and with which versions of what."""
@@ -130,6 +156,7 @@ class Stating(State):
 class Listening(Stating):
     """Callbacks, checkpoints and board."""
     _keeper: Checkpoints | None = None
+    _relay: Callback | None = None  # tells the notebook that has started this process, in place of a board
 
     def listeners(self) -> list[Callback]:
         """The callbacks of a fit: your own, the checkpoints, the board."""
@@ -137,7 +164,9 @@ class Listening(Stating):
         self._keeper = self._keeper or next((c for c in found if isinstance(c, Checkpoints)), None)
         if self.folder and not self._keeper: self._keeper = Checkpoints(self.setup.given["checkpoint_every"])
         if self._keeper and self._keeper not in found: found.append(self._keeper)
-        if self.setup.given["board"]:
+        if not self.ranks.first: return [c for c in found if c.everywhere]
+        if self._relay: found.append(self._relay)
+        elif self.setup.given["board"]:
             from arc_nb.watch.board import Watching
             board = self.board(str(self.setup.given["board"]))
             if not self._thread: self.live = board
@@ -150,9 +179,21 @@ class Listening(Stating):
         width = max(len(str(row["callback"])) for row in rows)
         for row in rows: print(f"{row['order']:>4}  {row['callback']!s:{width}}  {row['listens to']}")
 
-    def _keep(self) -> None:
-        """A checkpoint of this moment, between two steps."""
-        if self._keeper: self._keeper.save(self)
+    def _keep(self, now: bool = False) -> None:
+        """A checkpoint of this moment, between two steps; all processes bring what they have, and the first writes it."""
+        keeper = self._keeper
+        if keeper is None or not self.ranks.agree(now or keeper.due(self)): return
+        with self._all_together():
+            if not self.ranks.first: self.state_dict()
+            elif now: keeper.now(self)
+            else: keeper.save(self)
+
+    @contextmanager
+    def _all_together(self) -> Iterator[None]:
+        """Inside, every process of this training asks for the same."""
+        self._together = True
+        try: yield
+        finally: self._together = False
 
 # %% ../nbs/40d_state.ipynb #fda8b745
 class Foldered(Listening):

@@ -92,6 +92,10 @@ class Goal:
         ahead = {"epochs": self.plan, "steps": None} if self.epochs is not None else {"steps": self.plan}
         return replace(self, **ahead, plan=None).total(length, accumulate)  # type: ignore[arg-type]
 
+    def left(self, elapsed: float) -> "Goal":
+        """The goal of another attempt, with what is left of the time after so many seconds."""
+        return self if self.max_seconds is None else replace(self, max_seconds=max(0.001, self.max_seconds - elapsed))
+
     def since(self, epochs: int, steps: int) -> "Goal":
         """The goal of a run, counted from where its present fit began."""
         less = lambda number, done: None if number is None else number - done

@@ -120,6 +120,15 @@ class Columns:
         for split, name, steps, _, _ in rows: seen[split, name] = seen.get((split, name), 0) + len(steps)
         return rows
 
+    def put(
+        self,
+        rows: Iterable[tuple[str, str, np.ndarray, np.ndarray, np.ndarray]],  # as `news` gives them
+    ) -> None:
+        """Adds what was measured elsewhere, in memory."""
+        for split, name, steps, epochs, values in rows:
+            series = self.series_by_name.setdefault((split, name), Series())
+            series.step.extend(steps.tolist()); series.epoch.extend(epochs.tolist()); series.value.extend(values.tolist())
+
     def best(self, split: str, name: str, mode: str = "min") -> tuple[float, int, int] | None:
         """The best (value, step, epoch) of a series by `mode` "min" or "max"; None where nothing finite is there."""
         steps, epochs, values = self.series_by_name.get((split, name), Series()).since(0)
@@ -302,6 +311,8 @@ class Status:
     lr: float = math.nan
     samples_per_second: float | None = None
     message: str = ""  # why it ended, in a sentence
+    ranks: int = 1  # processes that train together
+    busy: list[float] = field(default_factory=list)  # seconds a step that each of them needs for its own, where there are several
     finding: str = ""  # the worst that the run shows so far, where somebody watches it
     cause: str = ""  # where a loss or gradient that was not finite came from, such as "the output of layer 1 (Log) is not finite"
     pid: int = field(default_factory=os.getpid)

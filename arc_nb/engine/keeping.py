@@ -31,8 +31,8 @@ class Keeper(Callback):
 
     def save(self, trainer: Any) -> None:
         """Keeps the state as it is now, once a step; what fails is told at the next look. What the save before cost training is logged."""
-        if self.saver is None or trainer.status.step == self.step: return
-        if trainer.status.state == "failed" and not finite(trainer.model.state_dict()): return  # it would push out a healthy one
+        if not self.due(trainer): return
+        assert self.saver
         self.saver.wait()
         self.tell(trainer)  # of the save before
         self.step, self.at = trainer.status.step, time.monotonic()
@@ -42,6 +42,13 @@ class Keeper(Callback):
             trainer.history.flush()  # the state says how long the history is, so that much of it has to be in the file
             self.saver.save(state, trainer.metadata(), beside=[trainer.history.path])
         except Exception as error: self.saver.error = error  # training is worth more than a checkpoint
+
+    def due(self, trainer: Any) -> bool:
+        """Whether the state of now is worth keeping: it is new, and a run that failed is still healthy."""
+        if self.saver is None or trainer.status.step == self.step: return False
+        return trainer.status.state != "failed" or finite(trainer.model.state_dict())  # another would push out a healthy one
+
+    def __getstate__(self) -> dict[str, Any]: return {**vars(self), "saver": None}  # whoever is sent to another process writes anew
 
     def now(self, trainer: Any) -> None:
         """Keeps the state whatever was kept before, and waits until it is down."""
@@ -71,7 +78,7 @@ class Keeper(Callback):
 
     def cleanup(self, trainer: Any) -> None:
         """After an error, keeps what was trained since the last checkpoint, unless a half-made step has spoiled it."""
-        if trainer.status.step > self.step and trainer.sound: self.save(trainer)
+        if trainer.status.step > self.step and trainer.sound and trainer.whole: self.save(trainer)
         if self.saver: self.saver.wait()
         if self.tell(trainer) and self.stops: trainer.status.state = "failed"
 

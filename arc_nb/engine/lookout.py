@@ -186,6 +186,7 @@ def validate(
     """Evaluates on the validation data, logs it and tells the listeners; False where a stop came first: then nothing is logged."""
     status, before = parts.status, parts.status.state
     status.state = "validating"
+    parts.step.settle()
     parts.events.emit("on_valid_start")
     until = UntilStopped(parts.valid, parts.controls, parts.ranks)
     try: scores = evaluate(parts.compute, until, parts.metrics, limit, parts.step.valid_cuts, parts.step.on_oom, parts.ranks)

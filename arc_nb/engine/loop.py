@@ -10,7 +10,7 @@ __all__ = ['Within', 'Steps', 'Epochs', 'Loop', 'place_of', 'go_on']
 # %% ../../nbs/engine/12b_loop.ipynb #b378e61f
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -213,11 +213,6 @@ class Loop:
         if status.state == "paused": return None
         return status.state, status.epoch, status.step, parts.train.drawn, 0 if parts.valid is None else parts.valid.drawn
 
-    def left(self) -> Goal:
-        """The goal of another attempt, with what is left of the time."""
-        budget = self.lookout.budget
-        return self.goal if budget is None else replace(self.goal, max_seconds=max(0.001, budget - self.parts.status.elapsed))
-
     def run(self) -> History:
         """Trains; returns the history. Whatever happens, listeners clean up and the status tells how it ended."""
         status, model = self.parts.status, self.parts.compute.model
@@ -272,7 +267,7 @@ def place_of(
 def go_on(
     loop: Loop,  # not yet run
     place: dict[str, Any],  # as `place_of` gave it
-    random: dict[str, Any],  # the generators' states of that moment
+    random: dict[str, Any] | None,  # the generators' states of that moment; None where they are not known
 ) -> None:
     """Puts a new loop where an earlier one stood; its goal counts from where that fit began."""
     parts, lookout = loop.parts, loop.lookout

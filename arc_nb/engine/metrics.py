@@ -184,7 +184,8 @@ class Member:
     @contextmanager
     def everywhere(self, ranks: Ranks) -> Iterator[None]:
         "Inside, the torchmetrics object holds what all ranks have seen, and asks nobody else for it"
-        parts: list[Any] = [part for part in self.built.modules() if hasattr(part, "metric_state")] if isinstance(self.built, torch.nn.Module) else []
+        modules = self.built.modules() if isinstance(self.built, torch.nn.Module) else ()
+        parts: list[Any] = [part for part in modules if hasattr(part, "metric_state")]
         for part in parts: part._to_sync = part.sync_on_compute = False
         if ranks.data_world == 1: yield; return
         before = states_of(self.built)

@@ -267,6 +267,9 @@ class Step(Gradients):
         self.sound = True
         return outcome
 
+    def settle(self) -> None:
+        """Before a validation: where several processes step together, they bring their buffers in line."""
+
     def undo(self) -> None:
         """Forgets the gradients; while the weights are those before the step, the statistics are put back as well."""
         for p in self.parameters: p.grad = None
