@@ -130,13 +130,13 @@ class Saver(Background):
         structure, tensors = pack(model_first(state))
         copies, events = self.host.take(tensors)
         metadata = json.loads(json.dumps(metadata))
-        self.start(lambda: self.write(unpack(structure, copies), metadata, events, beside, began))
+        put = lambda: write_checkpoint(self.folder, unpack(structure, copies), metadata, self.compress)
+        self.start(lambda: self.write(put, events, beside, began))
         self.stalled = time.perf_counter() - began
 
     def write(
         self,
-        state: dict[str, Any],  # in host memory
-        metadata: dict[str, Any],
+        put: Callable[[], Path],  # writes the copy, and returns the checkpoint
         events: list[torch.cuda.Event],  # after which it is there
         beside: Sequence[Path],
         began: float,  # when the save began
@@ -145,9 +145,17 @@ class Saver(Background):
         try:
             for event in events: event.synchronize()
             for file in beside: settle(file)
-            path = write_checkpoint(self.folder, state, metadata, self.compress)
-            verify(path)
+            path = put()
+            self.verify(path)
             self.proven.add(path)
             self.latest = path
-            prune(self.folder, **self.keep, proven=self.proven)
+            self.prune()
         finally: self.seconds = time.perf_counter() - began
+
+    def verify(self, path: Path) -> None:
+        """Reads the checkpoint back; ValueError where it is not what was written."""
+        verify(path)
+
+    def prune(self) -> None:
+        """Removes the checkpoints that are no longer needed."""
+        prune(self.folder, **self.keep, proven=self.proven)
