@@ -64,7 +64,7 @@ class Own:
         self.squares: list[Tensor] = []
         ddp.register_comm_hook(self, Own.send)
 
-    def send(self, bucket: Any) -> Any:
+    def send(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # DDP insists on these types
         """Measures what is sent, if somebody wants to know, and sends it as DDP does by itself."""
         gradient = bucket.buffer()
         if self.on: self.squares.append(gradient.float().square().sum())
