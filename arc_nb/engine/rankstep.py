@@ -10,6 +10,7 @@ __all__ = ['UNUSED', 'Seen', 'Sums', 'Own', 'HeardByRanks', 'local_gradients', '
 
 # %% ../../nbs/engine/16d_rankstep.ipynb #325f7474
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, Protocol
@@ -131,6 +132,8 @@ class Together(Step):
 
     def __init__(self, compute: Computation, placed: Placed, clip_norm: float | None = None, clip_value: float | None = None):
         check_ranks(compute, placed)
+        if placed.sharded and not compute.step:  # warns of work in place on the model's output, which the losses do not do
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module")
         compute.model, compute.trained = placed.plain, placed.model
         super().__init__(compute, placed.optimizer, clip_norm, clip_value)
         self.placed, self.ranks, self.whole = placed, placed.ranks, not placed.sharded and placed.apart == 1
