@@ -180,7 +180,7 @@ def everything(compiled=False):
     for clip in (0.5, None):
         table[f"bf16, clip_norm={clip}"] = beside(ranks, FOUR, pieces, precision="bf16", clip=clip)
     table["fp16"] = beside(ranks, {k: FOUR[k] for k in ("ddp", "zero1")}, pieces, precision="fp16", accumulate=1, steps=20)
-    for what in (heard, bad, kept, resumed, statistics, refused): table[what.__name__] = ranks.gather(what(ranks))
+    for what in (heard, bad, kept, resumed, statistics, listened, refused): table[what.__name__] = ranks.gather(what(ranks))
     return table
 
 
@@ -293,6 +293,15 @@ def statistics(ranks):
     before = parted(ranks, model.named_buffers())
     step.placed.settle()
     return [str(one.message) for one in said], before, parted(ranks, model.named_buffers()), parted(ranks, model.named_parameters())
+
+
+def listened(ranks):
+    "How many rows a listener to batches hears, of 13: the last is one rank's alone."
+    step, batches = parts("ddp", ranks, data=rows(13))
+    rows_heard = []
+    step.compute.heard = lambda batch: rows_heard.append(batch.rows)
+    outcomes = [step([batch]) for batch in batches.epoch(1)]
+    return rows_heard, [outcome.rows for outcome in outcomes], step.compute.heard is not None
 
 
 def refused(ranks):

@@ -104,6 +104,10 @@ def test_statistics_are_rank_0s(table):
         assert before and before[0] == 1 and buffers is None and weights is None
 
 
+def test_a_rank_without_rows_keeps_company(table):
+    assert table["listened"] == [([6, 1], [12, 1], True), ([6], [12, 1], True)]
+
+
 @pytest.mark.parametrize("what, kind, words", [
     ("lbfgs", "ValueError", "take another optimizer"), ("step", "ValueError", "compile=True compiles the model"),
     ("mesh", "ValueError", "has 3 places, and there are 2 processes"), ("no module", "TypeError", "has to return a module"),

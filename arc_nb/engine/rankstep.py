@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 
 from .batches import Batch
 from .memory import mean_over_rows
@@ -89,7 +88,8 @@ def local_gradients(
     parameters: Sequence[nn.Parameter],
 ) -> list[tuple[Tensor, int]]:
     """This rank's part of each gradient that is there, and over how many ranks the whole is divided."""
-    found = []
+    from torch.distributed.tensor import DTensor, Replicate  # takes torch seconds to load
+    found: list[tuple[Tensor, int]] = []
     for p in parameters:
         if isinstance(p.grad, DTensor):
             whole = [Replicate() if kind.is_partial() else kind for kind in p.grad.placements]
@@ -137,7 +137,7 @@ class Together(Step):
         compute.model, compute.trained = placed.plain, placed.model
         super().__init__(compute, placed.optimizer, clip_norm, clip_value)
         self.placed, self.ranks, self.whole = placed, placed.ranks, not placed.sharded and placed.apart == 1
-        self.flags = self.flags and self.whole and not hasattr(placed.optimizer, "consolidate_state_dict")
+        self.flags = self.flags and self.whole and not placed.zero1  # other optimizers cannot skip on the device
         self.sums = Sums(placed.ranks, self.precision.device)
         self.asking: Callable[[], bool] = bool  # whether this rank has a request for all; called once a step
         self.asked = False  # whether one of the ranks had one
@@ -156,6 +156,10 @@ class Together(Step):
         except RuntimeError as error:
             if "Expected to have finished reduction" in str(error): error.add_note(UNUSED)
             raise
+
+    def settle(self) -> None:
+        """Before a validation, and before weights are read: see `Placed.settle`."""
+        self.placed.settle()
 
     def state_dict(self) -> dict[str, Any]: return {**super().state_dict(), "reference": self.reference}
 
@@ -221,7 +225,7 @@ class RankStep(Sharing):
 
     def _forward(self, batch: Batch) -> Seen:
         self.compute.output = None  # of the batch before: its memory is wanted
-        loss = self.compute(batch)
+        loss = self._loss(batch)
         count: Any = self.compute.count(batch) if batch.rows else 0
         if isinstance(count, Tensor):
             count = count.detach().to(torch.promote_types(loss.dtype, torch.float32))
@@ -229,6 +233,12 @@ class RankStep(Sharing):
             if self.host: count = count.item()
         if self.names is None: self._agree(count)
         return loss, count, batch.rows, self.compute.extras
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """The loss; nobody is told of a batch that only keeps the other ranks company."""
+        heard, self.compute.heard = self.compute.heard, self.compute.heard if batch.rows else None
+        try: return self.compute(batch)
+        finally: self.compute.heard = heard
 
     def _backward(self, loss: Tensor, count: Any) -> None:
         """As much of the whole gradient as this batch counts for."""

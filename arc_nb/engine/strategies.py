@@ -11,6 +11,8 @@ __all__ = ['WHOLE', 'DIVIDED', 'STRATEGIES', 'DTYPES', 'OPTIONS', 'HOLDERS', 'FU
            'exchange', 'own', 'reduced']
 
 # %% ../../nbs/engine/16c_strategies.ipynb #b954936b
+import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,7 +23,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .lookup import split_spec, unknown
 from .memory import Kept
@@ -179,6 +180,7 @@ class Placed:
     model: Any = None  # what a training step calls
     plain: Any = None  # what evaluation and prediction call
     sharded: bool = False  # whether parameters are DTensors of which each rank holds a share
+    zero1: bool = False  # whether the optimizer's state alone is divided
     averaged: int = 1  # by how much gradients are divided when they arrive
     quiet: Callable[[], AbstractContextManager] = nullcontext  # around all but the last forward and backward of a step
     units: tuple[str, ...] = ()  # the parts that are divided by themselves
@@ -269,7 +271,7 @@ def replicated(strategy: Strategy, model: nn.Module, optimizer: torch.optim.Opti
     ddp = wrap(model, find_unused_parameters=find, bucket_cap_mb=strategy.options.get("bucket_mb"))
     if strategy.name == "zero1": optimizer = zero1(optimizer)
     return Placed(model, optimizer, ranks, torch.compile(ddp) if compile else ddp, torch.compile(model) if compile else model,
-                  averaged=ranks.world, quiet=ddp.no_sync, ddp=ddp)
+                  averaged=ranks.world, quiet=ddp.no_sync, ddp=ddp, zero1=strategy.name == "zero1")
 
 def wrap(model: nn.Module, **options: Any) -> Any:
     """The model in torch's DistributedDataParallel."""
@@ -281,8 +283,9 @@ def zero1(
     optimizer: torch.optim.Optimizer,
 ) -> Any:
     """The same optimizer with its state divided by parameters, ZeroRedundancyOptimizer; groups, options and state go along."""
-    import inspect
-    from torch.distributed.optim import ZeroRedundancyOptimizer
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch loads parts of itself that it calls old
+        from torch.distributed.optim import ZeroRedundancyOptimizer
     kind = type(optimizer)
     options = {k: v for k, v in optimizer.defaults.items() if k in inspect.signature(kind).parameters}
     try: found = ZeroRedundancyOptimizer([dict(group) for group in optimizer.param_groups], kind, **options)
@@ -308,7 +311,8 @@ def divided(strategy: Strategy, model: nn.Module, optimizer: torch.optim.Optimiz
     if compile and not units: model.compile()
     fully_shard(model, mesh=mesh, **how)
     exchange(optimizer, before, model)
-    return Placed(model, optimizer, ranks, model, model, True, ranks.world, lambda: unsynced(model), tuple(units))
+    return Placed(model, optimizer, ranks, model, model, sharded=True, averaged=ranks.world, quiet=lambda: unsynced(model),
+                  units=tuple(units))
 
 def policies(
     strategy: Strategy,
@@ -342,6 +346,7 @@ def exchange(
     model: nn.Module,  # with others in their place
 ) -> None:
     """Lets the optimizer go on with the model's new parameters; what a rank no longer has is left out."""
+    from torch.distributed.tensor import DTensor  # takes torch seconds to load
     new = dict(model.named_parameters())
     ids = {id(p): p for p in new.values()}
     now = {id(p): p if id(p) in ids else new.get(name) for name, p in before.items()}
@@ -358,6 +363,7 @@ def exchange(
 
 def _like(value: Any, before: Tensor, now: Tensor) -> Any:
     """A tensor of the optimizer's state, divided as its parameter is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
     if not isinstance(now, DTensor) or not isinstance(value, Tensor) or value.shape != before.shape: return value
     return distribute_tensor(value, now.device_mesh, now.placements, src_data_rank=None)
 
@@ -381,10 +387,11 @@ def own(strategy: Strategy, model: nn.Module, optimizer: torch.optim.Optimizer, 
 def reduced(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Any, dims: list[str], ranks: Ranks) -> Placed:
     """The model with its gradients averaged over the shares of the rows: as it does already, by DDP, or by FSDP2 where it has DTensors."""
     from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.tensor import DTensor
     from torch.nn.parallel import DistributedDataParallel
     tensors = any(isinstance(p, DTensor) for p in model.parameters())
     done = any(isinstance(m, (FSDPModule, DistributedDataParallel)) for m in model.modules())
-    found = Placed(model, optimizer, ranks, model, model, tensors, ranks.data_world)
+    found = Placed(model, optimizer, ranks, model, model, sharded=tensors, averaged=ranks.data_world)
     if dims and not done:
         shared = mesh[tuple(dims)] if len(dims) > 1 else mesh[dims[0]]
         if tensors: fully_shard(model, mesh=shared)
