@@ -428,6 +428,42 @@ def zero_state_has_its_owner(ranks, folder):
     assert optimizer_state(made("ddp")[2], ranks)["state"] == {}
 
 
+def cut_within_layers(ranks, folder):
+    "Tensor parallelism, alone and with FSDP over it: columns, rows, and tensors that every rank has."
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    def build(sizes, seed):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3), nn.LayerNorm(3))
+        if sizes:
+            mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("dp", "tp"))
+            parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+            if sizes[0] > 1: fully_shard(model, mesh=mesh["dp"])
+        return model, torch.optim.AdamW(model.parameters(), foreach=False)
+    def step(model, optimizer):
+        optimizer.zero_grad(); model(torch.ones(4, 6)).square().sum().backward(); optimizer.step()
+    one, its = build(None, 0)
+    step(one, its)
+    plainly = copy.deepcopy({"model": dict(one.state_dict()), "optimizer": its.state_dict()})
+    for sizes in ((1, 2), (2, 1)):
+        model, optimizer = build(sizes, 0)
+        step(model, optimizer)
+        state = copy.deepcopy(whole_state(model, optimizer, ranks))
+        if ranks.first: assert same(state, plainly, 1e-5), sizes
+        saver = ShardedSaver(f"{folder}-{sizes[0]}", ranks)
+        saver.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, {"step": 1}); saver.wait()
+        error = saver.take_error()
+        assert error is None, error
+        if ranks.first: assert same(read_checkpoint(saver.latest)[0], state), sizes
+        other, its = build(sizes, 1)
+        found, _ = read_together(saver.latest, other, its, ranks)
+        other.load_state_dict(found["model"]); its.load_state_dict(found["optimizer"])
+        again = whole_state(other, its, ranks)
+        assert same(again, state), sizes
+        put_whole(other, its, state, ranks)
+        step(other, its)
+
+
 def kept_for_one_process(ranks, folder):
     "What test_sharded.py then reads in a process of its own, and another number of ranks."
     model, optimizer = saved("fsdp", ranks, folder)[1:3]
@@ -444,7 +480,7 @@ CASES = {**per_strategy(whole_is_that_of_one_process), **per_strategy(before_the
          **{case.__name__: case for case in (
              bf16_and_other_types_travel, callbacks_state_may_be_divided, what_differs_is_an_error_on_all, what_is_written_is_read, one_process_wrote_it,
              damage_is_found_by_all, crafted_lists_are_refused, a_rank_that_cannot_write, training_goes_on_meanwhile, the_others_hold_no_second_copy,
-             zero_state_has_its_owner, kept_for_one_process)}}
+             zero_state_has_its_owner, cut_within_layers, kept_for_one_process)}}
 
 
 def begin(rank, world, port_file):

@@ -156,6 +156,7 @@ def write_parts(
     with part(folder / "metadata.json", files) as file: file.write(json.dumps(told, indent=1).encode())
     return files
 
+# %% ../../nbs/engine/09_checkpoint.ipynb #h3208287
 def begin(
     folder: str | Path,  # the checkpoints of a run; the folder above it exists
 ) -> Path:
@@ -257,6 +258,7 @@ def whole_shards(
     from arc_nb.engine.sharded import read_shards
     return {name: tensor.to(device) for name, tensor in read_shards(path, manifest).items()}
 
+# %% ../../nbs/engine/09_checkpoint.ipynb #h3207920
 def read_checkpoint(
     path: str | Path,  # a checkpoint's folder, or a single file: of format 1, or from `write_file`
     device: str | torch.device = "cpu",  # where its tensors are put

@@ -163,6 +163,7 @@ def newest_together(
             if ranks.first: leave_out(path, error)
     return None
 
+# %% ../../nbs/engine/18b_sharded.ipynb #3b52b96d
 def read_together(
     path: str | Path,  # a checkpoint, sharded or not, or a single file
     model: nn.Module,  # not wrapped
@@ -269,8 +270,9 @@ def copied(
     old.to_local().copy_(shard.to_local())
     return old
 
+# %% ../../nbs/engine/18b_sharded.ipynb #8845e394
 class ShardedSaver(Saver):
-    """Writes checkpoints of a run on many ranks in the background, one at a time. All ranks make it, and call `save`, together."""
+    """Writes checkpoints of a run on many ranks in the background, one at a time. All ranks have one, and call its `save` together."""
     def __init__(
         self,
         folder: str | Path,  # the checkpoints of the run; the folder above it exists
@@ -282,8 +284,8 @@ class ShardedSaver(Saver):
         compress: bool = False,  # what is not divided
     ):
         super().__init__(folder, last, best, monitor, sign, compress)
-        self.ranks, self.aside = ranks, apart(ranks)
-        self.pieces = PieceCopy()
+        self.ranks, self.pieces = ranks, PieceCopy()
+        self.aside: Ranks | None = None  # the ranks, for the thread; from the first save
 
     def save(
         self,
@@ -294,17 +296,18 @@ class ShardedSaver(Saver):
         """Copies the state and begins to write it, after the save before; TypeError on all ranks names what cannot be stored."""
         began = time.perf_counter()
         self.wait()
+        aside = self.aside = self.aside or apart(self.ranks)
         structure, tensors, shards = offered(model_first(state), self.ranks)
         told = self.ranks.share(lambda: json.loads(json.dumps(metadata)))
         whole, events = self.host.take(tensors if self.ranks.first else {})
         packed = structure, whole, self.pieces.take(shards)
-        put = lambda: write_sharded(self.folder, packed, told, self.aside, self.compress, beside if self.ranks.first else ())
+        put = lambda: write_sharded(self.folder, packed, told, aside, self.compress, beside if self.ranks.first else ())
         self.start(lambda: self.write(put, events, (), began))
         self.stalled = time.perf_counter() - began
 
     def verify(self, path: Path) -> None:
         """Reads the checkpoint back, each rank some files."""
-        verify_together(path, self.aside)
+        verify_together(path, self.aside or self.ranks)
 
     def prune(self) -> None:
         """Removes the checkpoints that are no longer needed; rank 0 does it."""
