@@ -82,6 +82,7 @@ class Training(Sending):
     def _here(self, plan: Plan) -> History:
         """One attempt at a fit, in this process."""
         self.setup.step.on_oom, self._probes = plan.on_oom, plan.probes
+        if self.setup.given["board"]: self.relay()
         loop = self._prepare(plan.goal, plan.resume, plan.in_all)
         self._begun = self.status.elapsed
         return self._run(loop, plan)

@@ -98,6 +98,7 @@ def train_there(
 ) -> dict[str, Any] | None:
     """One attempt at the fit, in each of the processes; the first returns what there is to bring back."""
     trainer = unpack(luggage)
+    trainer.relay()
     try: trainer._here(plan)
     except Exception:
         line = channel()
@@ -233,7 +234,13 @@ def divided(
 
 class Sending(Preparing):
     """Fits in other processes."""
+    _relay: Relay | None = None
     _begun: float | None = None  # seconds of training before the present attempt began; None while nothing has been trained in it
+
+    def relay(self) -> None:
+        """Tells the notebook what goes on here, where a notebook has started this process, and it is the first."""
+        line = channel()
+        if line and line.rank == 0 and not self._relay: self._relay = Relay(line)
 
     def _there(self, plan: Plan, count: int, devices: str) -> History:
         """One attempt at a fit, made by new processes; what they tell appears here."""

@@ -17,12 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.data import DataLoader, Dataset
 
 from .engine.batches import Batch, LoaderBatches, TensorBatches, hold_out, make_batches
 from .engine.events import Callback
-from .engine.gathered import whole_state
 from .engine.goal import Every, Goal, check_whole, seconds
 from .engine.keeping import Checkpoints
 from .engine.lookout import Parts, length_of
@@ -35,7 +33,6 @@ from .engine.randomness import seeded
 from .engine.rates import schedule as make_schedule
 from .engine.ranks import join
 from .engine.rates import set_lr
-from .engine.rankstep import RankStep
 from .engine.shards import share
 from .engine.step import Computation, Step, make_step
 from .engine.strategies import Placed, check_strategy, divide, place
@@ -290,6 +287,7 @@ class Setup(Materials):
         placed = place(strategy, self.given["model"], self.optimizer, divide(strategy, self.ranks), self.given["compile"], trial)
         self.placed, self.ranks, self.optimizer = placed, placed.ranks, placed.optimizer
         if not self.ranks.many: return
+        from arc_nb.engine.rankstep import RankStep  # torch's DTensors, which one process has no use for
         self.step = RankStep(self.compute, placed, self.given["clip_norm"], self.given["clip_value"])
         for metrics in (self.metrics, self.train_metrics):
             if metrics: metrics.first = self.ranks.data_rank << 40  # no rank has so many queries
@@ -298,7 +296,9 @@ class Setup(Materials):
     def whole(self) -> bool:
         """Whether every process holds the whole model and all that the optimizer knows."""
         placed = self.placed
-        return placed is None or not (placed.sharded or placed.apart > 1 or isinstance(self.optimizer, ZeroRedundancyOptimizer))
+        if placed is None: return True
+        from arc_nb.engine.gathered import is_zero1
+        return not (placed.sharded or placed.apart > 1 or is_zero1(self.optimizer))
 
     def weights(
         self,
@@ -307,6 +307,7 @@ class Setup(Materials):
         """{"model": .., "optimizer": ..}: their states; the optimizer's is empty where it is spread over others who were not asked."""
         model = self.given["model"]
         if self.placed is not None and together:
+            from arc_nb.engine.gathered import whole_state
             self.placed.settle()
             return whole_state(model, self.optimizer, self.ranks) or {"model": {}, "optimizer": {}}
         return {"model": model.state_dict(), "optimizer": self.optimizer.state_dict() if self.whole else {}}
@@ -329,8 +330,9 @@ class Setup(Materials):
         """What the loop needs for one fit; ValueError for a schedule whose end is not known."""
         accumulate = self.given["accumulate"]
         train, valid = share(self.train, self.ranks), share(self.valid, self.ranks)
+        self.step.asking = lambda: bool(shared["controls"].waiting)
         parts = Parts(self.compute, self.step, train, valid, self.metrics, self.train_metrics, accumulate=accumulate, ranks=self.ranks,
-                      **shared)
+                      seed=self.given["seed"], **shared)
         if self.given["schedule"] is None: return parts
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs): set_lr(group, lr)
         total = goal.horizon(parts.length, parts.accumulate)

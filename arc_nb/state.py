@@ -22,7 +22,6 @@ from torch import nn
 from .engine.checkpoint import sweep, versions
 from .engine.controls import positive
 from .engine.events import Callback, Events, order_table
-from .engine.gathered import full
 from .engine.keeping import Checkpoints
 from .engine.loop import Loop, place_of
 from .engine.ranks import Ranks
@@ -87,13 +86,15 @@ class State(Source):
 
     @property
     def lr(self) -> float:
-        """The learning rate of the first parameter group."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        """The learning rate of the first parameter group; where several processes train, as it was last asked for: they all follow after
+        the step."""
+        asked = self.controls.asked_lr if self.ranks.many else None
+        return float(self.optimizer.param_groups[0]["lr"]) if asked is None else asked
 
     @lr.setter
     def lr(self, lr: float) -> None:
         """Sets it; under a schedule the rest of its curve is scaled by new/old. From another thread it is a request."""
-        if self._thread is threading.current_thread() and self.loop: self.loop.parts.set_lr(lr)
+        if self._thread is threading.current_thread() and self.loop and not self.ranks.many: self.loop.parts.set_lr(lr)
         elif self._thread: self.controls.set_lr(lr)
         else: self._lr = positive(lr); self.setup.set_lr(self._lr)
 
@@ -118,13 +119,14 @@ class Stating(State):
                  "step": self.step, "epoch": self.epoch,
                  "callbacks": [{"name": type(c).__name__, "state": self._whole(c, c.state_dict())} for c in self.own_callbacks],
                  "random": random_state() if self._thread or self._random is None else self._random}
-        if self._together and self.ranks.many: state["others"] = self.ranks.gather(state["random"])[1:]
         place = place_of(loop) if loop else self._place
         return state | ({"place": place} if place else {})
 
     def _whole(self, callback: Callback, value: Any) -> Any:
         """What a callback knows, with what is cut over the processes put together; all of them have to ask."""
-        return full(value, self.ranks) if self._together and callback.everywhere and not self.setup.whole else value
+        if not self._together or not callback.everywhere or self.setup.whole: return value
+        from arc_nb.engine.gathered import full
+        return full(value, self.ranks)
 
     @property
     def callbacks_here(self) -> list[Callback]:

@@ -71,6 +71,11 @@ class Controls:
         """Whether a stop has been asked for and not yet obeyed."""
         return self._requests.stop is not None
 
+    @property
+    def asked_lr(self) -> float | None:
+        """The learning rate that has been asked for and not yet set."""
+        return self._requests.lr
+
     def pause(self) -> None:
         """Holds the run after the step in progress, until `resume` or `stop`."""
         self._ask(pause=True)

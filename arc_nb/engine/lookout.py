@@ -55,6 +55,7 @@ class Parts:
     folder: str | Path | None = None  # of the run; None writes nothing
     accumulate: int = 1  # batches a step
     ranks: Ranks = ALONE  # the processes that make these steps together
+    seed: int = 0  # of what they draw in each step
     on_save: Callable[[], Any] | None = None  # keeps the state as it stands between two steps
     on_start: Callable[[], Any] | None = None  # gives listeners of a resumed run what they knew, after their on_fit_start
 
@@ -115,6 +116,8 @@ class Lookout:
         """History, status, requests from outside, listeners."""
         status = self.parts.status
         self.settle()
+        status.ranks, busy = self.parts.ranks.world, self.parts.step.busy
+        status.busy = [0.7 * before + 0.3 * now for before, now in zip(status.busy or busy, busy)]  # over about three looks
         rows, passed = self.rows - self.seen[0], status.elapsed - self.seen[1]
         if rows and passed:
             status.samples_per_second, self.seen = rows / passed, (self.rows, status.elapsed)

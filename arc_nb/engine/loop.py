@@ -23,7 +23,7 @@ from .events import clean_up
 from .goal import Every, Goal
 from .history import History
 from .lookout import Lookout, Parts, compare, log_epoch, obey, report_not_finite, validate
-from .randomness import set_random_state
+from .randomness import seed_step, set_random_state
 from .step import keeping_modes
 
 # %% ../../nbs/engine/12b_loop.ipynb #19f7a5d2
@@ -69,7 +69,8 @@ class Steps:
         """The next batches, and how long they took to come."""
         began = time.perf_counter()
         found = tuple(islice(batches, self.parts.accumulate))
-        self.at.waiting += time.perf_counter() - began
+        self.parts.step.waited = time.perf_counter() - began
+        self.at.waiting += self.parts.step.waited
         return found
 
     def _go_on_drawing(self) -> None:
@@ -81,7 +82,8 @@ class Steps:
         parts, status, at = self.parts, self.parts.status, self.at
         if parts.schedule: parts.schedule.step(status.step - status.start)
         if self.handlers["on_step_start"]: parts.events.emit("on_step_start")
-        self.broken = True  # until the step is counted, in case that an error or an interrupt comes in between
+        if parts.ranks.many: seed_step(parts.seed, status.step, parts.ranks.rank)
+        self.broken = not parts.ranks.many  # until the step is counted, in case that an error or an interrupt comes in between
         outcome = self.lookout.outcome = parts.step(batches)
         status.step += 1
         at.batches += len(batches)

@@ -162,6 +162,7 @@ class Gradients:
         self.on_oom: str | None = None  # "accumulate": when memory runs out, smaller pieces
         self.cuts, self.valid_cuts = Cuts(), Cuts()  # the rows that go through the model at once: here, and in validation
         self.heard: Heard | None = None  # who looks at gradients and weights in this step
+        self.asking: Callable[[], bool] = bool  # whether this process has a request for all that step together
 
     @property
     def pieces(self) -> int:
@@ -235,6 +236,8 @@ ONE_ROW = ("batch normalisation cannot train on a batch of one row, and the last
 class Step(Gradients):
     """One optimizer step over one batch or several."""
     asked = False  # whether another process of this training has asked for something
+    busy: Sequence[float] = ()  # where several processes step together: seconds that each needed before its loss was there
+    waited = 0.0  # seconds that this one waited for its batches
     uncut = ""  # why the batches of this kind of step cannot be cut, where they cannot
 
     def __init__(self, compute: Computation, optimizer: torch.optim.Optimizer, clip_norm: float | None = None,
