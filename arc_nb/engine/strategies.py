@@ -6,9 +6,9 @@ Docs: https://arc-nb.github.io/arc_nb/engine/strategies.html.md"""
 
 # %% auto #0
 __all__ = ['WHOLE', 'DIVIDED', 'STRATEGIES', 'DTYPES', 'OPTIONS', 'HOLDERS', 'FUSED', 'Strategy', 'check_strategy', 'divide',
-           'items_of', 'outermost', 'units_of', 'unused', 'Placed', 'reshard', 'place', 'check_place', 'warn_about',
-           'send', 'alone', 'checkpoint_blocks', 'replicated', 'wrap', 'zero1', 'divided', 'policies', 'unsynced',
-           'exchange', 'own', 'reduced']
+           'items_of', 'outermost', 'units_of', 'unused', 'eager', 'Placed', 'reshard', 'place', 'check_place',
+           'warn_about', 'send', 'alone', 'checkpoint_blocks', 'replicated', 'wrap', 'zero1', 'divided', 'policies',
+           'unsynced', 'exchange', 'own', 'reduced']
 
 # %% ../../nbs/engine/16c_strategies.ipynb #b954936b
 import inspect
@@ -159,6 +159,12 @@ def unused(
     finally: put_back(); kept.put_back()
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in reached]
 
+def eager(
+    trial: Callable[[], Tensor],  # calls something that torch has compiled
+) -> Callable[[], Tensor]:
+    """The same without compiling: for a single call it is not worth the time."""
+    return torch.compiler.set_stance("force_eager")(trial)
+
 def _leaves(loss: Tensor) -> set[int]:
     """The ids of the tensors at the ends of the loss's graph."""
     todo, seen, found = [loss.grad_fn], set(), set()
@@ -267,7 +273,7 @@ def replicated(strategy: Strategy, model: nn.Module, optimizer: torch.optim.Opti
                trial: Callable[[], Tensor] | None) -> Placed:
     """A whole model on each rank; with zero1 each keeps a share of the optimizer's state."""
     find = strategy.options.get("find_unused")
-    if find is None: find = ranks.any(trial is not None and bool(unused(model, trial)))
+    if find is None: find = ranks.any(trial is not None and bool(unused(model, eager(trial) if compile else trial)))
     ddp = wrap(model, find_unused_parameters=find, bucket_cap_mb=strategy.options.get("bucket_mb"))
     if strategy.name == "zero1": optimizer = zero1(optimizer)
     return Placed(model, optimizer, ranks, torch.compile(ddp) if compile else ddp, torch.compile(model) if compile else model,
