@@ -57,6 +57,24 @@ t.fit(epochs=400)
 ended = time.time()"""
 RESULT = "print('RESULT', t.status.state, t.status.step, t.lr, len(steps.at) - asked[0][1], round(ended - asked[0][0], 3))"
 LATER = "a = trainer('later')\nawait a.fit_async(epochs=2)\nassert a.status.state == 'completed'"
+CELL = """\
+class Net(torch.nn.Module):                           # classes and functions of a cell go to the processes too
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+    def forward(self, x): return self.body(scaled(x))
+scaled = lambda x: x / 2
+def loss(output, target): return torch.nn.functional.cross_entropy(output, target)
+t = Trainer(Net(), (X, y), (X[:512], y[:512]), loss=loss, lr=1e-3, batch_size=32, callbacks=[steps], run='runs/pair')
+t.fit(epochs=1)                                       # this kernel has trained before
+own, first = t.model, t.evaluate((X, y))['loss']"""
+PAIR = "t.fit(epochs=400, processes=2)"
+BACK = """\
+before = t.step
+t.fit(epochs=1, processes=2)
+last = t.evaluate((X, y))['loss']
+print('BACK', t.status.state, t.model is own, type(t.model) is Net, before, t.step - before, first, last, len(steps.at) >= t.step,
+      t.history.latest('train_loss'))"""
 FINDER = ".arc-finder"
 FIND = "t = trainer('found')\nfound = t.lr_find(repeats=2)\nfound"
 TOLD = "print('RATE', t.lr, found.lr, t.step, found.curve.ended)"
@@ -239,6 +257,38 @@ def test_a_run_is_watched_steered_and_kept(lab, browser, out):
     p.page.locator(".jp-RenderedSVG").first.scroll_into_view_if_needed()
     p.shot(out / "reopened.png", whole=True)
     assert p.page.locator(BOARD).count() == 0 and not p.errors, p.errors
+    p.page.close()
+
+
+def test_two_processes_from_a_cell(lab, browser, out):
+    base, root = lab
+    notebook(root, "pair.ipynb", [SET_UP, CELL, PAIR, BACK])
+    p = Page(browser, base)
+    p.open("pair.ipynb")
+    p.command("notebook:run-all-cells")
+    p.page.wait_for_selector(BOARD, timeout=WAIT)
+    cell = p.page.locator(".jp-CodeCell").nth(2)
+    p.until(f"() => document.querySelector('{BOARD}')?.textContent.includes('processes')")
+    p.points(200)
+    seen = int(p.data("points"))
+    p.page.locator(BOARD).first.scroll_into_view_if_needed()
+    p.points(seen + 100)                                                  # the curve grows while other processes train
+    assert "2 processes on the CPU (gloo): 32 rows a step in all, 16 in each" in cell.inner_text()
+    p.shot(out / "pair.png", whole=True)
+    p.page.click(f"{BOARD} .stop"); p.done(2)
+    p.done(3)
+    p.page.wait_for_selector("text=BACK", timeout=WAIT)
+    text = p.page.locator(".jp-CodeCell").nth(3).locator(".jp-Cell-outputArea").inner_text()
+    said = re.search(r"BACK (\w+) (\w+) (\w+) (\d+) (\d+) (\S+) (\S+) (\w+) (\S+)", text).groups()
+    state, same, kind, stopped, more, first, last, heard, train = said
+    assert (state, same, kind, int(more), heard) == ("completed", "True", "True", 128, "True")
+    assert 200 < int(stopped) < 401 * 128                                 # Stop was heard
+    assert float(last) < float(first) - 0.05 and float(last) == pytest.approx(float(train), abs=.05)  # the weights are back
+    p.page.locator(".jp-CodeCell").nth(2).scroll_into_view_if_needed()
+    p.shot(out / "pair-end.png", whole=True)
+    p.save()
+    saved = nbformat.read(root / "pair.ipynb", 4)
+    assert sum("image/svg+xml" in data for data in outputs(saved)) >= 3 and not p.errors, p.errors
     p.page.close()
 
 

@@ -10,9 +10,10 @@ __all__ = ['length_of', 'Parts', 'Lookout', 'obey', 'do_asked', 'Abandoned', 'Un
 
 # %% ../../nbs/engine/12_lookout.ipynb #8b57e000
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -94,6 +95,7 @@ class Lookout:
         self.seen = (0, 0.0)  # rows and seconds when the speed was last measured
         self.outcome: Outcome | None = None  # of the last step
         self.told = False  # that the folder cannot be written
+        self.busy: list[Sequence[float]] = []  # of recent steps: seconds that each rank needed for its own
 
     def count_time(self, training: bool = True) -> float:
         """Seconds since the last call, added to the status unless the run was held."""
@@ -116,8 +118,8 @@ class Lookout:
         """History, status, requests from outside, listeners."""
         status = self.parts.status
         self.settle()
-        status.ranks, busy = self.parts.ranks.world, self.parts.step.busy
-        status.busy = [0.7 * before + 0.3 * now for before, now in zip(status.busy or busy, busy)]  # over about three looks
+        status.ranks = self.parts.ranks.world
+        if self.busy: status.busy, self.busy = [median(some) for some in zip(*self.busy)], self.busy[-64:]  # the last look's steps, or more
         rows, passed = self.rows - self.seen[0], status.elapsed - self.seen[1]
         if rows and passed:
             status.samples_per_second, self.seen = rows / passed, (self.rows, status.elapsed)

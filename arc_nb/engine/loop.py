@@ -90,6 +90,7 @@ class Steps:
         self.lookout.recorder.add(status.step, outcome, parts.compute.extras)
         self.broken = False
         if parts.optimizer.param_groups[0]["lr"] != at.lr: self._lr_changed(float(parts.optimizer.param_groups[0]["lr"]))
+        if parts.ranks.many: self.lookout.busy.append(parts.step.busy)
         if not outcome.good: report_not_finite(parts, outcome, batches, 1 + at.batches - len(batches))
         else:
             if self.handlers["on_step_end"]: parts.events.emit("on_step_end")
