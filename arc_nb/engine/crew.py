@@ -224,7 +224,11 @@ class Crew(Listener):
         """Raises the error of the rank that failed first, if one has."""
         until = time.monotonic() + _SETTLE
         while self.failures and self.waiting and time.monotonic() < until: self.listen(0.02)
-        if self.failures: raise culprit(self.failures).error
+        if not self.failures: return
+        failed = {failure.rank for failure in self.failures}
+        error, back = culprit(self.failures).error, [w.rank for w in self.workers if w not in self.waiting and w.rank not in failed]
+        if back: error.add_note(f"before that, rank {', '.join(map(str, back))} had returned: in a collective all have to take part")
+        raise error
 
 # %% ../../nbs/engine/17a2_crew.ipynb #415748a2
 def end(

@@ -13,7 +13,7 @@ import os
 import pickle
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -42,10 +42,10 @@ class _Pickler(cloudpickle.Pickler):
         """The same object for everybody that looks at this memory; pickle then remembers it."""
         return self.storages.setdefault(storage._cdata, storage)
 
-def _bytes(storage: UntypedStorage) -> memoryview:
-    """The storage's memory; that of a copy where it is not on the CPU."""
+def _bytes(storage: UntypedStorage) -> Any:
+    """The storage's memory as an array; that of a copy where it is not on the CPU."""
     held = storage if storage.device.type == "cpu" else storage.cpu()
-    return torch.empty(0, dtype=torch.uint8).set_(held).numpy().data  # type: ignore[call-overload]
+    return torch.empty(0, dtype=torch.uint8).set_(held).numpy()  # type: ignore[call-overload]
 
 def _storage(buffer: Any) -> UntypedStorage:
     """A storage over memory that can be written to."""
@@ -109,13 +109,13 @@ class Parcel:
     """A value on its way to another process of this machine."""
     def __init__(
         self,
-        parts: Sequence[Any],  # buffers: the pickle itself, then what it hands out
+        parts: Sequence[pickle.PickleBuffer],  # the pickle itself, then what it hands out
         inline: int = INLINE,  # bytes: up to which they stay in the parcel
     ):
-        self.sizes = [memoryview(part).nbytes for part in parts]
+        self.sizes = [_flat(part, len) for part in parts]
         self.starts = [0]
         for size in self.sizes: self.starts.append(self.starts[-1] + -(-size // _GRAIN) * _GRAIN)
-        self.inside: list[bytes] | None = [bytes(part) for part in parts] if self.nbytes <= inline else None
+        self.inside: list[bytes] | None = [_flat(part, bytes) for part in parts] if self.nbytes <= inline else None
         self.path = ""
         if self.inside is None: self._write(parts)
 
@@ -128,38 +128,41 @@ class Parcel:
 
     def __getstate__(self) -> dict[str, Any]: return {k: v for k, v in vars(self).items() if k != "_gone"}
 
-    def _write(self, parts: Sequence[Any]) -> None:
+    def _write(self, parts: Sequence[pickle.PickleBuffer]) -> None:
         handle, self.path = _reserve(self.starts[-1])
         self._gone = weakref.finalize(self, _remove, handle, self.path)
         with open(handle, "wb", closefd=False) as file:
             for start, part in zip(self.starts, parts):
                 file.seek(start)
-                file.write(part)
+                _flat(part, file.write)
 
     def open(
         self,
         private: bool = False,  # into memory of its own; False: mapped, and shared until it is written to
     ) -> Any:
         """The value. FileNotFoundError after the file was removed."""
-        first, *buffers = list(map(bytearray, self.inside)) if self.inside is not None else self._read() if private else self._map()
+        found: Any = list(map(bytearray, self.inside)) if self.inside is not None else self._read() if private else self._map()
+        first, *buffers = found
         return pickle.loads(first, buffers=buffers)
 
-    def _map(self) -> list[memoryview]:
-        with open(self.path, "rb") as file: whole = memoryview(mmap.mmap(file.fileno(), self.starts[-1], access=mmap.ACCESS_COPY))
+    def _map(self) -> list[np.ndarray]:
+        with open(self.path, "rb") as file: pages = mmap.mmap(file.fileno(), self.starts[-1], access=mmap.ACCESS_COPY)
+        whole = np.frombuffer(pages, np.uint8)
         return [whole[start:start + size] for start, size in zip(self.starts, self.sizes)]
 
-    def _read(self) -> list[memoryview]:
-        found = [np.empty(size, np.uint8).data for size in self.sizes]
+    def _read(self) -> list[np.ndarray]:
+        found = [np.empty(size, np.uint8) for size in self.sizes]
         with open(self.path, "rb") as file:
             for start, part in zip(self.starts, found):
                 file.seek(start)
-                file.readinto(part)
+                file.readinto(part)  # type: ignore[arg-type]
         return found
 
     def remove(self) -> None:
         """Removes the file; whoever has opened the parcel keeps what it holds. Nothing where that is done, or belongs to another."""
         if "_gone" in vars(self): self._gone()
 
+# %% ../../nbs/engine/17b_shipping.ipynb #ef8cf71c
 def ship(
     value: Any,  # functions, lambdas and classes of a notebook too
     inline: int = INLINE,  # bytes: up to which it needs no file
@@ -167,7 +170,11 @@ def ship(
     """Packs it. Raises what pickle raises, mostly TypeError, where a part cannot be packed: see `unpicklable`."""
     file, buffers = BytesIO(), list[pickle.PickleBuffer]()
     _Pickler(file, buffers).dump(value)
-    return Parcel([file.getbuffer(), *[b.raw() for b in buffers]], inline)
+    return Parcel([pickle.PickleBuffer(file.getvalue()), *buffers], inline)
+
+def _flat(part: pickle.PickleBuffer, use: Callable[[memoryview], Any]) -> Any:
+    """What `use` makes of its bytes; no memoryview is kept, as the garbage collector of Python 3.11 stumbles over them."""
+    with part.raw() as view: return use(view)
 
 # %% ../../nbs/engine/17b_shipping.ipynb #4eb63030
 def _fails(value: Any) -> str | None:

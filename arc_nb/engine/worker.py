@@ -84,7 +84,9 @@ def main(fd: int) -> None:
     sys.argv[:] = order["argv"]
     for stream in (sys.stdout, sys.stderr): stream.reconfigure(  # type: ignore[union-attr]
         encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    plain = warnings.showwarning
     warnings.showwarning = lambda message, category, filename, lineno, file=None, line=None: _warned(message, category, filename, lineno)
+    os.register_at_fork(after_in_child=lambda: _forked(pipe, plain))
     try: value = work(line, order)
     except BaseException as error: _failed(line, error)  # SystemExit too: the function has not returned
     else:
@@ -100,7 +102,7 @@ def work(line: Channel, order: dict[str, Any]) -> Parcel | None:
 
     from .ranks import leave
     from .shipping import ship
-    faulthandler.enable()
+    faulthandler.enable(all_threads=False)
     _begin(order)
     fn, args, kwargs = order["parcel"].open()
     line.tell("opened")
@@ -138,6 +140,13 @@ def _die_with_parent() -> None:
     if sys.platform != "linux": return
     import ctypes
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _forked(pipe: Connection, plain: Any) -> None:
+    """A process that this rank forks, such as a loader's, is no rank: the line to the parent is not its own."""
+    global _live
+    _live, warnings.showwarning = None, plain
+    pipe.close()
 
 
 def _warned(message: Any, category: type[Warning], filename: str, lineno: int) -> None:
