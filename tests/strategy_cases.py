@@ -123,9 +123,10 @@ def parts(spec, ranks, make=Net, data=None, size=12, opt="adamw", lr=3e-3, preci
     return RankStep(compute, placed, clip, value), share(batches, ranks)
 
 
-def train(spec, ranks=ALONE, steps=50, accumulate=2, micro=None, **settings):
+def train(spec, ranks=ALONE, steps=50, accumulate=2, micro=None, as_on_a_gpu=False, **settings):
     "Losses and norms of the steps, and what else a step gave."
     step, batches = parts(spec, ranks, **settings)
+    if as_on_a_gpu: step.host = step.sums.host = False  # nothing is read back: what is measured stays in tensors
     losses, norms, epoch = [], [], 0
     while len(losses) < steps:
         epoch += 1
@@ -142,7 +143,7 @@ def halves(batch): return [piece(batch, *bounds(batch.rows, rank, 2)) for rank i
 
 def beside(ranks, specs, alone=None, **settings):
     "By name: the largest difference from one process of the loss, and of the norm (relative where that is above 1); and what a step has."
-    reference = train(None, **settings, **(alone or {})) if ranks.first else None
+    reference = train(None, **settings | (alone or {})) if ranks.first else None
     found = {}
     for name, spec in specs.items():
         losses, norms, step = train(spec, ranks, **settings)
@@ -180,6 +181,9 @@ def everything(compiled=False):
     for clip in (0.5, None):
         table[f"bf16, clip_norm={clip}"] = beside(ranks, FOUR, pieces, precision="bf16", clip=clip)
     table["fp16"] = beside(ranks, {k: FOUR[k] for k in ("ddp", "zero1")}, pieces, precision="fp16", accumulate=1, steps=20)
+    table["tensors"] = {}
+    for case in ({}, CASES["weights"], CASES["step="]): table["tensors"] |= {f"{k} {list(case)}": v for k, v in beside(
+        ranks, {k: FOUR[k] for k in ("ddp", "fsdp")}, {"as_on_a_gpu": False}, as_on_a_gpu=True, steps=15, **case).items()}
     for what in (heard, bad, kept, resumed, statistics, listened, refused): table[what.__name__] = ranks.gather(what(ranks))
     return table
 

@@ -10,7 +10,8 @@ from arc_nb.engine.objectives import objective
 from arc_nb.engine.optimizers import optimizer
 from arc_nb.engine.ranks import ALONE
 from arc_nb.engine.step import Computation
-from arc_nb.engine.strategies import Strategy, check_strategy, place, units_of, unused
+from arc_nb.engine.strategies import Strategy, check_strategy, place
+from arc_nb.engine.units import units_of, unused
 
 CLOSE = 1e-6
 
@@ -65,6 +66,14 @@ def test_bf16_equals_one_process_with_the_same_micro_batches(table):
 
 def test_fp16_scales_on_all_ranks_alike(table):
     for row in table["fp16"].values(): assert row["loss"] <= CLOSE
+
+
+def test_what_stays_on_the_device_gives_the_same(table):
+    "The way of a GPU, with tensors on the CPU."
+    assert len(table["tensors"]) == 6
+    for name, row in table["tensors"].items():
+        assert row["loss"] <= CLOSE and row["norm"] <= 2e-6, name
+        assert set(row["extras"][0]) == set(row["extras"][1])
 
 
 def test_rank_0_hears_its_own_gradient_and_the_whole(table):

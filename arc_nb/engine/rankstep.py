@@ -6,7 +6,7 @@ Docs: https://arc-nb.github.io/arc_nb/engine/rankstep.html.md"""
 
 # %% auto #0
 __all__ = ['UNUSED', 'Seen', 'Sums', 'Own', 'HeardByRanks', 'local_gradients', 'norm_over', 'check_ranks', 'Together',
-           'is_number', 'Sharing', 'RankStep']
+           'is_number', 'Sharing', 'Passing', 'RankStep']
 
 # %% ../../nbs/engine/16d_rankstep.ipynb #325f7474
 import time
@@ -29,7 +29,7 @@ from .strategies import Placed
 class Sums:
     """What the ranks add up in a step: on its way while the gradients are computed."""
     def __init__(self, ranks: Ranks, device: torch.device):
-        self.ranks, self.device = ranks, device
+        self.ranks, self.device, self.host = ranks, device, device.type == "cpu"
         self.copies = ranks.world // ranks.data_world  # how many ranks have the same rows
 
     def send(
@@ -41,11 +41,11 @@ class Sums:
         """Begins the sum over all ranks; nobody waits."""
         seconds = [0.0] * self.ranks.world
         seconds[self.ranks.rank] = busy
-        host = [float(v) for v in measured] if self.device.type == "cpu" else []
+        host = [float(v) for v in measured] if self.host else []
         self.numbers = torch.tensor([*host, *counted, *seconds], dtype=torch.float64)
         self.works = [dist.all_reduce(self.numbers, group=self.ranks.host, async_op=True)]
         self.tensors: Any = None
-        if host: return
+        if self.host: return
         self.tensors = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in measured])
         self.works.append(dist.all_reduce(self.tensors, async_op=True))
 
@@ -76,13 +76,14 @@ class Own:
         found, self.squares = sum(map(float, self.squares)), []
         return found
 
+# %% ../../nbs/engine/16d_rankstep.ipynb #d6ae4dd6
 class HeardByRanks(Heard, Protocol):
     """Who looks into a step of several ranks."""
 
     def share(self, rows: int, square: float) -> None:
         """This rank's rows of the step, and the squared norm of the mean gradient over them alone."""
 
-# %% ../../nbs/engine/16d_rankstep.ipynb #d6ae4dd6
+# %% ../../nbs/engine/16d_rankstep.ipynb #1f40a61a
 @torch.no_grad()
 def local_gradients(
     parameters: Sequence[nn.Parameter],
@@ -99,6 +100,7 @@ def local_gradients(
         elif p.grad is not None: found.append((p.grad, 1))
     return found
 
+# %% ../../nbs/engine/16d_rankstep.ipynb #b2f253bc
 def norm_over(
     ranks: Ranks,
     grads: Sequence[tuple[Tensor, int]],  # as `local_gradients` gives them
@@ -112,7 +114,7 @@ def norm_over(
     dist.all_reduce(square, group=ranks.host if square.device.type == "cpu" else None)
     return square.sqrt()
 
-# %% ../../nbs/engine/16d_rankstep.ipynb #1f40a61a
+# %% ../../nbs/engine/16d_rankstep.ipynb #431fa708
 UNUSED = ('a parameter that gets no gradient? strategy=("ddp", {"find_unused": True}) lets every step find out which those are')
 
 def check_ranks(
@@ -120,12 +122,13 @@ def check_ranks(
     placed: Placed,
 ) -> None:
     """ValueError for what divided weights cannot have."""
-    if not placed.sharded: return
+    if not placed.sharded and placed.apart == 1: return
     if compute.precision.scaler:
         raise ValueError("precision='fp16' scales the loss, which divided weights cannot follow: use bf16, or strategy='ddp' or 'zero1'")
     if compute.penalty is not None:
         raise ValueError("l1= and l2= need whole weights: use the optimizer's weight_decay, or strategy='ddp' or 'zero1'")
 
+# %% ../../nbs/engine/16d_rankstep.ipynb #8cc0fa5c
 class Together(Step):
     """What a step of several ranks knows, and what goes on with it."""
     uncut = "all ranks have to make the same calls, and one that runs out of memory alone would leave the others waiting"
@@ -168,7 +171,7 @@ class Together(Step):
         super().load_state_dict(state)
         self.reference = state.get("reference")
 
-# %% ../../nbs/engine/16d_rankstep.ipynb #b2f253bc
+# %% ../../nbs/engine/16d_rankstep.ipynb #6fb11025
 Seen = tuple[Tensor, Any, int, dict[str, Any]]  # of a batch: loss, count, rows, and what else a custom step gave
 
 def is_number(value: Any) -> bool: return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0)
@@ -204,24 +207,9 @@ class Sharing(Together):
         weight = prefer(weight, 1)
         return total / weight, weight, round(rows)
 
-# %% ../../nbs/engine/16d_rankstep.ipynb #66b61065
-class RankStep(Sharing):
-    """One optimizer step of all ranks, over their shares of one batch or several."""
-
-    def _gradients(self, batches: Sequence[Batch]) -> tuple[Tensor, int]:
-        """Forward and backward over this rank's batches; the mean loss over all rows of all ranks, and their number."""
-        began, seen = time.perf_counter(), []
-        for batch in batches[:-1]:
-            with self.placed.quiet():
-                seen.append(self._forward(batch))
-                self._backward(*seen[-1][:2])
-        seen.append(self._forward(batches[-1]))
-        self._send(seen, time.perf_counter() - began)
-        self._backward(*seen[-1][:2])
-        loss, weight, rows = self._receive()
-        self._rescale(self.reference * self.placed.averaged / weight)
-        self.precision.unscale(self.optimizer)
-        return torch.as_tensor(loss), rows
+# %% ../../nbs/engine/16d_rankstep.ipynb #7d90ae46
+class Passing(Sharing):
+    """Forward and backward over one batch."""
 
     def _forward(self, batch: Batch) -> Seen:
         self.compute.output = None  # of the batch before: its memory is wanted
@@ -244,6 +232,25 @@ class RankStep(Sharing):
         """As much of the whole gradient as this batch counts for."""
         share = count / self.reference
         self.precision.scale(loss if self.host and share == 1 else loss * share).backward()
+
+# %% ../../nbs/engine/16d_rankstep.ipynb #66b61065
+class RankStep(Passing):
+    """One optimizer step of all ranks, over their shares of one batch or several."""
+
+    def _gradients(self, batches: Sequence[Batch]) -> tuple[Tensor, int]:
+        """Forward and backward over this rank's batches; the mean loss over all rows of all ranks, and their number."""
+        began, seen = time.perf_counter(), []
+        for batch in batches[:-1]:
+            with self.placed.quiet():
+                seen.append(self._forward(batch))
+                self._backward(*seen[-1][:2])
+        seen.append(self._forward(batches[-1]))
+        self._send(seen, time.perf_counter() - began)
+        self._backward(*seen[-1][:2])
+        loss, weight, rows = self._receive()
+        self._rescale(self.reference * self.placed.averaged / weight)
+        self.precision.unscale(self.optimizer)
+        return torch.as_tensor(loss), rows
 
     def _rescale(self, factor: Any) -> None:
         """Makes the average over ranks the mean over what counts."""
