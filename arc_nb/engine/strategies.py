@@ -171,6 +171,8 @@ def warn_about(strategy: Strategy, model: nn.Module, ranks: Ranks) -> None:
         sync = "; torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) lets it see all rows" if next(model.parameters()).is_cuda else ""
         warn("batch normalisation sees the rows of one rank at a time, a share of batch_size, and rank 0's running statistics "
              f"are kept{sync}", RuntimeWarning)
+    idle = "units" in strategy.options and not strategy.divided and not strategy.options.get("checkpoint_activations")
+    if idle: warn("units has no effect: nothing is divided, and checkpoint_activations is off")
     if strategy.options.get("offload") and not next(model.parameters()).is_cuda: warn("offload has no effect: the model is on the CPU")
 
 # %% ../../nbs/engine/16c_strategies.ipynb #548f59ec
