@@ -136,6 +136,10 @@ class Writer(Background):
             self.prune()
         finally: self.seconds = time.perf_counter() - began
 
+    def check(self, state: dict[str, Any]) -> None:
+        """TypeError for what no file can hold; nothing is copied or written."""
+        pack(state)
+
     def verify(self, path: Path) -> None:
         """Reads the checkpoint back; ValueError where it is not what was written."""
         verify(path)

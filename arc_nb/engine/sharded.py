@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from .checkpoint import (SHARDS, begin, check, finish, leave_out, listed, model_first, number_of, ours, prune, read_checkpoint,
                                       read_manifest, read_parts, write_parts)
-from .gathered import Like, likeness, needed, offered, own, spread
+from .gathered import Like, Pieces, likeness, needed, offered, own, spread
 from .packing import DAMAGE, digest, unpack
 from .ranks import PATIENCE, Ranks
 from .saver import Saver, settle
@@ -304,6 +304,15 @@ class ShardedSaver(Saver):
         put = lambda: write_sharded(self.folder, packed, told, aside, self.compress, beside if self.ranks.first else ())
         self.start(lambda: self.write(put, events, (), began))
         self.stalled = time.perf_counter() - began
+
+    def follow(self, state: dict[str, Any]) -> None:
+        """What the other ranks do while rank 0 saves: what fails is told there."""
+        try: self.save(state, {})
+        except Exception as error: self.error = error
+
+    def check(self, state: dict[str, Any]) -> None:
+        """TypeError for what no file can hold; nothing is sent, copied or written."""
+        Pieces().value(state)
 
     def verify(self, path: Path) -> None:
         """Reads the checkpoint back, each rank some files."""
