@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .step import evaluating
+
 # %% ../../nbs/engine/16f_parallelize.ipynb #81e2da33
 class Run(torch.autograd.Function):
     """The loss of a pipeline's schedule, as a function of the parameters."""
@@ -50,10 +52,19 @@ class Staged(nn.Module):
         from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
         if tuple(x.shape) not in self.schedules:
             place = self.mesh.get_local_rank()
-            stage = PipelineStage(self.stages[place], place, len(self.stages), x.device, group=self.mesh.get_group())
             pieces = next(n for n in range(min(self.pieces, len(x)), 0, -1) if len(x) % n == 0)
+            between = self._between(x[:len(x) // pieces])
+            stage = PipelineStage(self.stages[place], place, len(self.stages), x.device, between[place], between[place + 1],
+                                  group=self.mesh.get_group())
             self.schedules[tuple(x.shape)] = (self.kind or ScheduleGPipe)(stage, pieces, loss_fn=self.loss)
         return self.schedules[tuple(x.shape)]
+
+    def _between(self, x: Tensor) -> list[Tensor]:
+        """What goes into each stage, and comes out of the last: torch would find out by a training step with any numbers."""
+        found = [x]
+        with evaluating(self.whole), torch.no_grad():
+            for stage in self.stages: found.append(stage(found[-1]))
+        return [x, *(y.detach().requires_grad_() for y in found[1:])]
 
 # %% ../../nbs/engine/16f_parallelize.ipynb #6c49a6f7
 class Pipelined(Staged):
