@@ -30,14 +30,14 @@ class Kill(Callback):
 def make(run: Path, callbacks: Sequence[Callback] = (), dropout: float = 0.2) -> Trainer:
     "What is trained."
     return Trainer(net(dropout=dropout), classes(150), classes(40, 1), loss="cross_entropy", metrics=["accuracy"], batch_size=32, lr=1e-2,
-                   clip_norm=0.5, checkpoint_every=2, run=run, board=False, callbacks=callbacks, device="cpu")
+                   clip_norm=0.5, checkpoint_every=int(os.environ.get("EVERY", 2)), run=run, board=False, callbacks=callbacks, device="cpu")
 
 
 def main() -> None:
     run = Path(sys.argv[1])
     dropout = 0.0 if os.environ.get("WHOLE_MACHINE") else 0.2  # it draws other numbers on another number of processes
     trainer = make(run, [Kill(int(sys.argv[2]), run.with_suffix(".killed"))] if len(sys.argv) > 2 else [], dropout)
-    trainer.fit(epochs=4, resume=True)
+    trainer.fit(epochs=int(os.environ.get("EPOCHS", 4)), resume=True)
     if trainer.ranks.first:
         losses = trainer.history.frame().query("name == 'loss'")
         weights = [p.detach().flatten().tolist() for p in trainer.model.parameters()]

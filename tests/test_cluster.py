@@ -1,9 +1,11 @@
 """Machines that train together, on this one: a job of Slurm's (two machines that are played), and torchrun on two loopback addresses."""
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import cluster_script
 import pytest
 
 from arc_nb import Cluster
+from arc_nb.engine.checkpoint import newest_good, read_checkpoint
 
 HERE = Path(__file__).parent
 SCRIPT = str(HERE / "cluster_script.py")
@@ -62,6 +65,22 @@ def test_a_killed_worker_is_begun_anew_and_the_training_ends_as_if_nothing_had_b
     cluster = Cluster(["127.0.0.1", "127.0.0.2"], 1, SCRIPT, [run, 1], port=port(), max_restarts=1, launcher=TORCHRUN)
     assert run_all(cluster.commands()) == [0, 0] and run.with_suffix(".killed").exists()
     assert told(run) | {"node": ""} == undisturbed | {"node": ""}  # to the bit
+
+
+@pytest.mark.slow
+def test_a_job_whose_time_is_up_saves_and_is_resumed(tmp_path: Path) -> None:
+    "Slurm tells the processes by SIGTERM."
+    run = tmp_path / "run"
+    [command] = Cluster(1, 2, SCRIPT, [run], max_restarts=0, launcher=TORCHRUN).commands()
+    setting = os.environ | {"PYTHONPATH": str(HERE), "EPOCHS": "100000", "EVERY": "1000000"}
+    agent = subprocess.Popen(["bash", "-c", f"exec env {command}"], env=setting, stdin=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not (run / "history.jsonl").exists() and time.monotonic() < until: time.sleep(0.1)
+    agent.send_signal(signal.SIGTERM)
+    agent.wait(60)
+    assert json.loads((run / "status.json").read_text())["state"] == "terminated"
+    saved = newest_good(run / "checkpoints")
+    assert saved and read_checkpoint(saved)[0]["step"] > 0
 
 
 @pytest.mark.slow
