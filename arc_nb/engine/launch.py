@@ -178,14 +178,15 @@ def launch(
     cannot be sent; KeyboardInterrupt at the second interrupt."""
     check_place(processes, devices)
     crew = Crew(pack(fn, args, kwargs or {}), on_message or _unheard)
+    store, port = meeting_point()
     with interrupts() as interrupted:
         try:
-            store, port = meeting_point()
             begin(crew, processes, devices, port, first_only)
             attend(crew, interrupted, on_tick, asked, on_interrupt or partial(_stop, crew))
         finally:
             interrupted.ending = True
             end(crew, grace)
+            del store  # its port, which a traceback would keep as long as this frame
     return [worker.result for worker in crew.workers]
 
 def _unheard(rank: int, value: Any) -> None:

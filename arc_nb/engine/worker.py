@@ -127,6 +127,7 @@ def _begin(order: dict[str, Any]) -> None:
         device = torch.device("cuda", order["rank"])
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", timeout=PATIENCE, device_id=device)
+    dist.barrier()  # a function that returns at once would close connections that others have not yet made
 
 
 def _unsendable(value: Any, rank: int) -> TypeError:
