@@ -11,7 +11,7 @@ from arc_nb.engine.optimizers import optimizer
 from arc_nb.engine.ranks import ALONE
 from arc_nb.engine.step import Computation
 from arc_nb.engine.strategies import Strategy, check_strategy, place
-from arc_nb.engine.units import units_of, unused
+from arc_nb.engine.units import eager, units_of, unused
 
 CLOSE = 1e-6
 
@@ -180,6 +180,13 @@ def test_a_trial_leaves_no_trace():
     assert unused(model, lambda: compute(batch) + 0 * torch.rand(())) == ["extra.weight", "extra.bias"]
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and torch.equal(torch.get_rng_state(), drawn)
     assert unused(Net(), lambda: torch.zeros(())) != [] and unused(Unused(), lambda: torch.zeros(()))
+
+
+@pytest.mark.slow
+def test_a_trial_compiles_nothing():
+    model = Unused()
+    called = torch.compile(model, backend=lambda graph, inputs: pytest.fail("compiled"))
+    assert unused(model, eager(lambda: called(rows(4)[0]).mean())) == ["extra.weight", "extra.bias"]
 
 
 def test_one_process_has_nothing_to_divide():
