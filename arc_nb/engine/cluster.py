@@ -76,7 +76,7 @@ def check_env(
     return {name: str(value) for name, value in (env or {}).items()}
 
 # %% ../../nbs/engine/17c_cluster.ipynb #60d50891
-FRESH = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # torch 2.13 else begins anew with the addresses of processes that have ended
+FRESH = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # torch 2.13 else begins anew with the addresses of processes that have ended
 SOCKETS = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 
 class Described:
@@ -98,15 +98,13 @@ class Described:
     ):
         self.nodes, self.args = check_nodes(nodes), check_args(args)
         self.processes = check_processes(processes, len(self.nodes))
-        self.script = shlex.split(script) if script.startswith("-") else [script]
+        self.script, self.launcher = shlex.split(script) if script.startswith("-") else [script], launcher
         if not script: raise ValueError("script is empty: give the file that every process runs, as \"train.py\"")
-        self.launcher, self.interface = launcher, interface
         self.port, self.max_restarts = whole("port", port, 1, 65_535), whole("max_restarts", max_restarts, 0)
         self.least = None if least is None else whole("least", least, 1, len(self.nodes))
         self.rdzv_id = rdzv_id or re.sub(r"[^\w.-]", "-", PurePath(self.script[-1]).name.removesuffix(".py"))
         if not re.fullmatch(r"[\w.-]+", self.rdzv_id): raise ValueError(f"rdzv_id={rdzv_id!r}: take letters, digits, '.', '_' and '-'")
-        self.env = {**({FRESH: "1"} if self.max_restarts or least else {}),
-                    **({name: interface for name in SOCKETS} if interface else {}), **check_env(env)}
+        self.env = (FRESH if self.max_restarts or least else {}) | (dict.fromkeys(SOCKETS, interface) if interface else {}) | check_env(env)
 
     @property
     def world(self) -> int | None:
