@@ -237,6 +237,7 @@ def end(
 ) -> None:
     """Leaves nothing of it behind."""
     crew.reactions |= dict.fromkeys(("message", "opened", "result", "failed", "ended"), lambda worker, value: None)
+    for worker in crew.workers: worker.send("leave")
     for number in (signal.SIGTERM, signal.SIGKILL):
         left = [worker for worker in crew.workers if worker.process.poll() is None]
         for worker in left:
