@@ -95,7 +95,9 @@ class Training(Sending):
             with (seeded(seed), torch.autograd.set_detect_anomaly(plan.detect_anomaly, check_nan=plan.detect_anomaly),
                   Watchdog(plan.patience, loop.progress, self._hangs)):
                 try: return loop.run()
-                finally: self._random = random_state()
+                finally:
+                    self._random = random_state()
+                    if self._pieces: self._pieces.wait()  # the checkpoint that the first process keeps needs ours
         finally:
             self._thread = self._lr = None
             self.history.flush()  # what was logged while cleaning up

@@ -14,6 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def train_there(
         line = channel()
         if line and trainer.ranks.first and trainer.whole and trainer.sound: line.send(("left", brought(trainer)))
         raise
-    with trainer._all_together(): return brought(trainer)
+    with trainer.all_together(): return brought(trainer)
 
 def brought(
     trainer: Any,  # whose fit has ended
@@ -142,6 +143,7 @@ def check_together(
     if max(count, ranks.world) == 1: return 1, devices
     refuse_together(trainer.setup, on_oom)
     strategy = check_strategy(trainer.setup.given["strategy"])
+    strategy.mesh(max(count, ranks.world))
     if watch and (strategy.divided or strategy.parallelize):
         raise ValueError(f"watch={watch!r} looks at whole layers, and strategy={strategy.name!r} cuts them: watch with 'ddp' or 'zero1'")
     return count, devices
@@ -226,11 +228,13 @@ def divided(
 ) -> str:
     """What a person should know of the processes, in one line."""
     rows, size = given["batch_size"] * given["accumulate"], given["batch_size"]
-    least, most = size // count, -(-size // count)
+    strategy = check_strategy(given["strategy"])
+    shares = prod([n for name, n in strategy.mesh(count).items() if name.startswith("dp")])
+    least, most = size // shares, -(-size // shares)
     each = (f"{most}" if least == most else f"{least} or {most}") + (f", {given['accumulate']} times" if given["accumulate"] > 1 else "")
-    strategy = given["strategy"] if isinstance(given["strategy"], str) else getattr(given["strategy"], "__name__", given["strategy"][0])
+    name = getattr(strategy.parallelize, "__name__", strategy.name)
     return TOLD.format(count=count, where="the CPU (gloo)" if devices == "cpu" else "as many GPUs (NCCL)", rows=rows, each=each,
-                       strategy="" if strategy == "auto" else f", strategy {strategy}")
+                       strategy="" if name == "auto" else f", strategy {name}")
 
 class Sending(Preparing):
     """Fits in other processes."""
@@ -245,7 +249,7 @@ class Sending(Preparing):
     def _there(self, plan: Plan, count: int, devices: str) -> History:
         """One attempt at a fit, made by new processes; what they tell appears here."""
         self._check_ready()
-        if plan.resume and self._look_for(plan.resume) is None: plan.resume = False
+        if plan.resume and self._found(plan.resume) is None: plan = replace(plan, resume=False)
         luggage, ear, board = pack_up(self), Ear(self), self._watching()
         if plan.probes: plan = replace(plan, probes=type(plan.probes)(*plan.probes.names, share=plan.probes.share))  # without what it knew
         print(divided(self.setup.given, count, devices))

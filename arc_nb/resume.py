@@ -6,8 +6,8 @@ Docs: https://arc-nb.github.io/arc_nb/resume.html.md"""
 
 # %% auto #0
 __all__ = ['COMPARED', 'ROUNDED', 'WAYS', 'CHOSEN', 'said', 'arguments', 'without_addresses', 'digest', 'described', 'is_same',
-           'settings_of', 'data_of', 'fingerprint', 'differences', 'data_differ', 'model_differs', 'Found', 'find',
-           'newest_in', 'home_of', 'check_resume', 'modules_in', 'beside_weights', 'put_model', 'put_beside',
+           'settings_of', 'data_of', 'fingerprint', 'differences', 'data_differ', 'model_differs', 'Found', 'locate',
+           'find', 'newest_in', 'home_of', 'check_resume', 'modules_in', 'beside_weights', 'put_model', 'put_beside',
            'put_optimizer', 'put_training', 'put_schedule', 'same_settings', 'refit', 'put_callbacks', 'on_device']
 
 # %% ../nbs/40c_resume.ipynb #dcdfb35f
@@ -15,7 +15,7 @@ import hashlib
 import inspect
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -171,17 +171,24 @@ class Found:
     @property
     def place(self) -> dict[str, Any]: return self.state["place"]
 
-def find(
+def locate(
     folder: Path,  # of the run
     resume: bool | str | Path,  # True, "force", or the path of a checkpoint
-) -> Found | None:
-    """The checkpoint that is meant; None where the run has none. FileNotFoundError, or ValueError for a damaged one that was named."""
+) -> tuple[Path | None, bool]:
+    """The checkpoint that is meant, and whether it has been verified; None where the run has none. FileNotFoundError, or ValueError."""
     named = None if resume is True or resume == "force" else Path(str(resume))
     if named and not named.exists() and not isinstance(resume, Path) and len(named.parts) == 1:
         raise ValueError(f"resume={resume!r} is none of True, 'force', or the path of a checkpoint or a run")
     path = newest_in(named) if named else newest_good(folder / "checkpoints")
-    if path is None: return None
-    state, metadata = read_checkpoint(path, proven=path != named)
+    return path, path != named
+
+def find(
+    path: Path,  # of a checkpoint
+    proven: bool = False,  # whether it has been verified
+    read: Callable[..., tuple[dict[str, Any], dict[str, Any]]] = read_checkpoint,  # gives its state and metadata
+) -> Found:
+    """What it holds, to go on from. FileNotFoundError, or ValueError for a damaged one, or one without a place in the data."""
+    state, metadata = read(path, proven=proven)
     if "place" not in state:
         raise ValueError(f"{path} does not say where in the data it stood, so fit(resume=) cannot go on from it; "
                          f"trainer.load_checkpoint({str(path)!r}) takes its weights and optimizer")

@@ -302,13 +302,14 @@ class Setup(Materials):
 
     def weights(
         self,
-        together: bool,  # whether all processes ask, and rank 0 is to have everything
+        together: str = "",  # what all processes ask for: the "whole", which rank 0 gets, or their own "pieces"
     ) -> dict[str, Any]:
         """{"model": .., "optimizer": ..}: their states; the optimizer's is empty where it is spread over others who were not asked."""
         model = self.given["model"]
         if self.placed is not None and together:
-            from arc_nb.engine.gathered import whole_state
+            from arc_nb.engine.gathered import optimizer_state, whole_state
             self.placed.settle()
+            if together == "pieces": return {"model": model.state_dict(), "optimizer": optimizer_state(self.optimizer, self.ranks)}
             return whole_state(model, self.optimizer, self.ranks) or {"model": {}, "optimizer": {}}
         return {"model": model.state_dict(), "optimizer": self.optimizer.state_dict() if self.whole else {}}
 

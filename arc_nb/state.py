@@ -26,6 +26,7 @@ from .engine.keeping import Checkpoints
 from .engine.loop import Loop, place_of
 from .engine.ranks import Ranks
 from .engine.randomness import random_state
+from .engine.saver import Saver
 from .engine.telling import warn
 from .resume import Found, beside_weights, data_of, fingerprint, home_of
 from .runs import Source, check_free, describe, find_layers, open_folder, read_config, write_config
@@ -49,7 +50,8 @@ class State(Source):
     _settings: dict[str, Any]  # as they were said
     _data: dict[str, Any] | None = None  # what was said of them
     _probes: "Probes | None" = None  # who watches the layers in this fit
-    _together = False  # whether all processes of this training do the same just now
+    _together = ""  # what all processes of this training ask for just now: its "whole" state, or their "pieces" of it
+    _pieces: Any = None  # writes this process's pieces of checkpoints that another one keeps
     _place: dict[str, Any] | None = None  # where the last fit stood, where other processes made it
 
     @property
@@ -75,6 +77,10 @@ class State(Source):
     def sound(self) -> bool:
         """Whether the weights are whole: False after an error in the middle of the optimizer's step."""
         return self.setup.step.sound
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights lie in pieces on several processes."""
+        return self.setup.placed is not None and self.setup.placed.sharded
     @property
     def whole(self) -> bool:
         """Whether this process holds all of the model and of what the optimizer knows, which sharding spreads over several."""
@@ -124,9 +130,9 @@ class Stating(State):
 
     def _whole(self, callback: Callback, value: Any) -> Any:
         """What a callback knows, with what is cut over the processes put together; all of them have to ask."""
-        if not self._together or not callback.everywhere or self.setup.whole: return value
+        if self._together != "whole" or not callback.everywhere or self.setup.whole: return value
         from arc_nb.engine.gathered import full
-        return full(value, self.ranks)
+        return full(value, self.ranks) or {}
 
     @property
     def callbacks_here(self) -> list[Callback]:
@@ -185,17 +191,30 @@ class Listening(Stating):
         """A checkpoint of this moment, between two steps; all processes bring what they have, and the first writes it."""
         keeper = self._keeper
         if keeper is None or not self.ranks.agree(now or keeper.due(self)): return
-        with self._all_together():
-            if not self.ranks.first: self.state_dict()
+        with self.all_together("pieces" if self.sharded else "whole"):
+            if not self.ranks.first: self._follow()
             elif now: keeper.now(self)
             else: keeper.save(self)
 
+    def _follow(self) -> None:
+        """What the other processes do while the first keeps a checkpoint."""
+        state = self.state_dict()
+        if not self.sharded or not self.path: return
+        self._pieces = self._pieces or self.saver(self.path / "checkpoints")
+        self._pieces.follow(state)
+
+    def saver(self, folder: Path, *keep: Any) -> Any:
+        """What writes checkpoints: as `Saver` takes it, or together with the other processes where each has its pieces."""
+        if not self.sharded: return Saver(folder, *keep)
+        from arc_nb.engine.sharded import ShardedSaver
+        return ShardedSaver(folder, self.ranks, *keep)
+
     @contextmanager
-    def _all_together(self) -> Iterator[None]:
-        """Inside, every process of this training asks for the same."""
-        self._together = True
+    def all_together(self, what: str = "whole") -> Iterator[None]:
+        """Inside, every process of this training asks for its state: the "whole" on rank 0, or its own "pieces"."""
+        self._together = what
         try: yield
-        finally: self._together = False
+        finally: self._together = ""
 
 # %% ../nbs/40d_state.ipynb #fda8b745
 class Foldered(Listening):

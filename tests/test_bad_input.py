@@ -104,7 +104,7 @@ NAMES = {
     "schedule option": (make(schedule=("cosine", {"flor": 0.1})), "flor.*floor"),
     "group": (make(groups={"weigths": {"lr": 1.0}}), "weigths"),
     "precision": (make(precision="fp8"), "'fp8'.*bf16"), "device": (make(device="gpu"), "'gpu'.*cuda"),
-    "board": (make(board="html"), "'html'.*widget"), "strategy": (make(strategy="ddp"), "'ddp'"),
+    "board": (make(board="html"), "'html'.*widget"), "strategy": (make(strategy="dpp"), "did you mean.*ddp|'dpp'"),
     "compile": (make(compile="all"), "'all'.*step"), "track": (make(track="wandb"), "'wandb'"),
     "checkpoint_every": (make(checkpoint_every="1 fortnight"), "1 fortnight.*10 min"),
     "valid_every": (make(valid_every="never"), "never"),

@@ -111,11 +111,11 @@ class Checkpoints(Keeper):
         if self.keep_best: check_monitor(trainer, self.monitor)
         folder = Path(trainer.path) / "checkpoints"
         if self.saver is None or self.saver.folder != folder:
-            self.saver = Saver(folder, self.keep_last, self.keep_best, self.monitor, self.sign, self.compress)
+            self.saver = trainer.saver(folder, self.keep_last, self.keep_best, self.monitor, self.sign, self.compress)
         self.step, split, name = trainer.status.step, *self.monitor.split("_", 1)
         before = trainer.history.best(split, name, "min" if self.sign < 0 else "max")
         self.best = self.sign * before[0] if before else -math.inf
-        pack(trainer.state_dict())  # TypeError, before the work, for what no file can hold
+        self.saver.check(trainer.state_dict())  # TypeError, before the work, for what no file can hold
 
     def on_step_end(self, trainer: Any) -> None:
         if self.every.after_step(trainer.status.step): trainer.controls.save()
