@@ -1,4 +1,7 @@
 """Every strategy makes the steps of one process: two processes run the cases of strategy_cases.py, and the tests look at the table."""
+import copy
+
+import cloudpickle
 import pytest
 import strategy_cases
 import torch
@@ -11,7 +14,7 @@ from arc_nb.engine.optimizers import optimizer
 from arc_nb.engine.ranks import ALONE
 from arc_nb.engine.step import Computation
 from arc_nb.engine.strategies import Strategy, check_strategy, place
-from arc_nb.engine.units import eager, units_of, unused
+from arc_nb.engine.units import checkpoint_blocks, eager, units_of, unused
 
 CLOSE = 1e-6
 
@@ -187,6 +190,22 @@ def test_a_trial_compiles_nothing():
     model = Unused()
     called = torch.compile(model, backend=lambda graph, inputs: pytest.fail("compiled"))
     assert unused(model, eager(lambda: called(rows(4)[0]).mean())) == ["extra.weight", "extra.bias"]
+
+
+def test_blocks_that_compute_again_are_copied_sent_and_marked_once():
+    torch.manual_seed(0)
+    model, (X, _) = Net(), rows(16)
+    plain = copy.deepcopy(model)
+    checkpoint_blocks(model)
+    before = model.blocks[0].forward
+    checkpoint_blocks(model)
+    assert model.blocks[0].forward is before and list(model.state_dict()) == list(plain.state_dict())
+    for other in (copy.deepcopy(model), cloudpickle.loads(cloudpickle.dumps(model))):
+        assert other.blocks[0].forward.args[0].__self__ is other.blocks[0]  # its own, not that of the first
+        for one in (plain, other):
+            one.zero_grad()
+            one(X).square().mean().backward()
+        assert all(torch.equal(p.grad, q.grad) for p, q in zip(plain.parameters(), other.parameters()))
 
 
 def test_one_process_has_nothing_to_divide():
