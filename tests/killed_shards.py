@@ -1,4 +1,4 @@
-"""Kills ranks in the middle of sharded saves, and looks at what they leave. Run by test_sharded.py: a process without threads, so that it can fork.
+"""Kills ranks in the middle of sharded saves, and looks at what they leave. Run by test_sharded.py: without threads, so that it can fork.
 
 usage: killed_shards.py FOLDER COUNT
 """
@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch._dynamo  # noqa: F401  the optimizer would import it, in every child anew
+import torch._dynamo  # the optimizer would import it, in every child anew
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -25,7 +25,8 @@ from arc_nb.engine.sharded import ShardedSaver, newest_together, read_together
 def train(rank: int, home: Path, number: int) -> None:
     "Saves without end, while the ranks talk to each other for training too; notes each step whose checkpoint was proven."
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.FileStore(f"{home}/store-{number}", 2), timeout=timedelta(seconds=30))
+    store = dist.FileStore(f"{home}/store-{number}", 2)
+    dist.init_process_group("gloo", rank=rank, world_size=2, store=store, timeout=timedelta(seconds=30))
     ranks, folder = join("cpu"), home / "checkpoints"
     model = fully_shard(nn.Linear(500, 500))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
@@ -35,7 +36,8 @@ def train(rank: int, home: Path, number: int) -> None:
     for step in range(start + 1, 10**6):
         model(torch.ones(2, 500)).mean().backward(); optimizer.step(); optimizer.zero_grad()
         with torch.no_grad():
-            for p in model.parameters(): p.to_local().fill_(float(step)); optimizer.state[p]["momentum_buffer"].to_local().fill_(float(step))
+            for p in model.parameters():
+                for tensor in (p, optimizer.state[p]["momentum_buffer"]): tensor.to_local().fill_(float(step))
         saver.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, {"step": step})
         if ranks.agree(random.random() < 0.5): saver.wait()
         if saver.latest and ranks.first: (home / "done").write_text(saver.latest.name[5:])  # one write of few bytes

@@ -45,7 +45,7 @@ def test_another_number_of_ranks(world, home):
     mp.spawn(goes_on, (world, str(home)), nprocs=world)
 
 
-@pytest.mark.parametrize("kills", [9, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [6, pytest.param(60, marks=pytest.mark.slow)])
 def test_killed_in_the_middle_of_a_sharded_save(kills, call, tmp_path):
     out = call(sys.executable, "tests/killed_shards.py", tmp_path, str(kills), timeout=900, PYTHONPATH="tests")
     print(out.strip().splitlines()[-1])
