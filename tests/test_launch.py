@@ -98,7 +98,8 @@ DEATHS = {
     "packed": (lambda: throw(Packed(1, 2)), RuntimeError, "rank 1 raised Packed: 1, 2"),
     "locked": (lambda: throw(Locked()), RuntimeError, "rank 1 raised Locked: holds a lock"),
 }
-SLOW = {("exit", "busy"), ("raise", "collective"), ("SIGSEGV", "busy"), ("_exit 0", "busy"), ("_exit 0", "collective"), ("packed", "busy"), ("locked", "collective"), ("_exit", "busy")}
+SLOW = {("exit", "busy"), ("raise", "collective"), ("SIGSEGV", "busy"), ("_exit 0", "busy"), ("_exit 0", "collective"), ("packed", "busy"),
+        ("locked", "collective"), ("_exit", "busy")}
 
 
 @pytest.mark.parametrize("way,survivor", [pytest.param(way, where, marks=pytest.mark.slow if (way, where) in SLOW else ())
@@ -463,7 +464,13 @@ print("both")
 def broken(): raise ValueError("in a cell")
 notebook_launch(broken)
 ---
-print(threading.active_count(), torch.ones(1).item())
+from arc_nb.engine.launch import channel
+import time
+def waits():
+    print("waiting")
+    while "stop" not in channel().received(): time.sleep(0.01)
+    return "stopped when asked"
+print(notebook_launch(waits))
 """
 
 
@@ -476,6 +483,7 @@ def test_in_a_kernel_with_everything_defined_in_cells(tmp_path):
     def heard(message):
         content = message["content"]
         said.append(content.get("text") or "\n".join(content.get("traceback", [])))
+        if "[rank 0] waiting" in said[-1]: manager.interrupt_kernel()
     try:
         replies = [client.execute_interactive(cell, timeout=120, output_hook=heard)["content"]["status"] for cell in CELLS.split("---\n")]
     finally:
@@ -484,4 +492,5 @@ def test_in_a_kernel_with_everything_defined_in_cells(tmp_path):
     text = "".join(said)
     assert replies == ["ok", "ok", "error", "ok"], text
     assert text.count("[rank 0] training") == text.count("[rank 1] training") == 2 and "both" in text
+    assert "asked to stop" in text and "stopped when asked" in text
     assert "in a cell" in text and 'def broken(): raise ValueError("in a cell")' in text and "in rank" in text, json.dumps(text[-3000:])

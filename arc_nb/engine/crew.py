@@ -172,7 +172,8 @@ class Listener:
         else: self.reactions[kind](worker, value)
 
     def ended(self, worker: Worker) -> None:
-        """It is gone: takes in what it has left."""
+        """It is gone, and what it had started goes too: takes in what it has left."""
+        worker.kill(signal.SIGKILL)
         while worker.pipe in self.select.get_map() and worker.pipe.poll(): self.read(worker)
         for name in worker.streams:
             while self.hear(worker, name): pass
@@ -246,10 +247,11 @@ def end(
         while any(worker.process.poll() is None for worker in left) and time.monotonic() < until: crew.listen(0.01)
     for worker in crew.workers:
         worker.process.wait()
-        for name in worker.streams: crew.hear(worker, name)
         worker.kill(signal.SIGKILL)  # its children, if any are left
+        for name in worker.streams:
+            while crew.hear(worker, name): pass
         worker.close()
-    for rank, text in crew.warnings.left(): crew.lines.feed(rank, "err", f"{text}\n".encode())
-    crew.lines.close()
     crew.select.close()
     crew.parcel.remove()
+    for rank, text in crew.warnings.left(): crew.lines.feed(rank, "err", f"{text}\n".encode())
+    crew.lines.close()

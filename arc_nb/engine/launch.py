@@ -36,11 +36,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def processes_of(
-    processes: int | str,   # a number, or "auto"
-    device: str = "auto",   # "cpu": not on GPUs, even where there are some
+    processes: int | str,  # a number, or "auto"
+    device: str | torch.device = "auto",  # "cpu": not on GPUs, even where there are some
 ) -> tuple[int, str]:  # how many, and "cuda" or "cpu"; ValueError for anything else, or for more than there are GPUs
     """Which processes there will be."""
-    gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    gpus = torch.cuda.device_count() if not str(device).startswith("cpu") and torch.cuda.is_available() else 0
     if processes == "auto": return (gpus, "cuda") if gpus else (min(cores(), _MOST), "cpu")
     if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
         raise ValueError(f'processes={processes!r} is neither "auto" nor a whole number of processes, 1 or more')
