@@ -121,7 +121,7 @@ def fingerprint(
     remembers = lambda c: type(c).state_dict is not Callback.state_dict
     given |= {"limit_batches": limit_batches, "device": setup.compute.precision.device.type, "precision": setup.compute.precision.name}
     return {"settings": given,
-            **data, "model": without_addresses(repr(setup.given["model"])).splitlines(),
+            **data, "model": without_addresses(setup.text or repr(setup.given["model"])).splitlines(),
             "callbacks": [without_addresses(repr(c)) for c in callbacks if remembers(c)],
             "other callbacks": [type(c).__name__ for c in callbacks if not remembers(c)]}
 

@@ -255,6 +255,7 @@ class Setup(Materials):
         if given["l1"] or given["l2"]: self.compute.penalty = penalty(model, given["l1"], given["l2"])
         self.step = self._step()
         self.placed: Placed | None = None  # where several processes train together
+        self.text = ""  # the model as it printed before it was cut, which gives its classes other names
         check_schedule(given["schedule"], self.optimizer, given["lr"], self.valid is not None)
         self.put_in_place(model)
 
@@ -284,6 +285,7 @@ class Setup(Materials):
         self.ranks, strategy = join(self.given["device"]), check_strategy(self.given["strategy"])
         if not self.ranks.many and strategy.name == "auto" and not strategy.options: return
         trial = None if self.example is None else partial(self.compute, self.example)
+        self.text = repr(self.given["model"])
         placed = place(strategy, self.given["model"], self.optimizer, divide(strategy, self.ranks), self.given["compile"], trial)
         self.placed, self.ranks, self.optimizer = placed, placed.ranks, placed.optimizer
         if not self.ranks.many: return

@@ -132,7 +132,8 @@ class Stating(State):
         """What a callback knows, with what is cut over the processes put together; all of them have to ask."""
         if self._together != "whole" or not callback.everywhere or self.setup.whole: return value
         from arc_nb.engine.gathered import full
-        return full(value, self.ranks) or {}
+        found = full(value, self.ranks)
+        return found if self.ranks.first else value
 
     @property
     def callbacks_here(self) -> list[Callback]:
