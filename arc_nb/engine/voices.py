@@ -49,6 +49,7 @@ def rewrites(
     """Whether a line on it can be written over: a terminal, or a notebook's cell."""
     return type(stream).__module__.startswith("ipykernel") or bool(getattr(stream, "isatty", bool)())
 
+# %% ../../nbs/engine/17a_voices.ipynb #885a1a23
 class Lines:
     """Prints what ranks write."""
     def __init__(
@@ -73,11 +74,14 @@ class Lines:
 
     def tick(self) -> None:
         """Shows what has waited long enough; called often."""
-        for (rank, stream), voice in self.voices.items() if self.live else ():
-            if not voice.fresh or time.monotonic() - voice.since < PATIENCE: continue
-            text = f"[rank {rank}] {visible(voice.rest)}"
-            self._write(stream, text)
-            voice.fresh, self.shown = False, (stream, len(text), voice)
+        waiting = [key for key, voice in self.voices.items() if voice.rest]
+        if not self.live or not waiting: return
+        rank, stream = key = min(waiting)
+        voice = self.voices[key]
+        if not voice.fresh or time.monotonic() - voice.since < PATIENCE: return
+        text = f"[rank {rank}] {visible(voice.rest)}"
+        self._write(stream, text)
+        voice.fresh, self.shown = False, (stream, len(text), voice)
 
     def _write(self, stream: str, text: str) -> None:
         """Writes over an unfinished line, if there is one."""
