@@ -91,7 +91,8 @@ class Resuming(Foldered):
             put_callbacks(self.own_callbacks, state["callbacks"], setup.compute.precision.device)
 
         parts.on_start = bring_back
-        if loop.finished and self.ranks.first: print(f"{self.folder} has what was asked for already, at step {self.step}: there is nothing to do")
+        if loop.finished and self.ranks.first:
+            print(f"{self.folder} has what was asked for already, at step {self.step}: there is nothing to do")
 
 # %% ../nbs/40da_preparing.ipynb #e19becf3
 NO_PLAN = "plan={plan} has no effect: no schedule of this run ends with it, and neither does an average such as SWA"

@@ -112,8 +112,9 @@ def brought(
 ) -> dict[str, Any]:
     """What comes back into the notebook."""
     state = trainer.state_dict()
-    return {"state": state, "callbacks": [movable(c, trainer.sharded) for c in trainer.callbacks], "layers": trainer.layers, "path": trainer.path,
-            "position": trainer.history.position(), "history": trainer.history, "status": telling(trainer.status)}
+    callbacks = [movable(c, trainer.sharded) for c in trainer.callbacks]
+    return {"state": state, "callbacks": callbacks, "layers": trainer.layers, "path": trainer.path, "history": trainer.history,
+            "position": trainer.history.position(), "status": telling(trainer.status)}
 
 def movable(
     callback: Callback,
@@ -131,7 +132,11 @@ def together(value: Any) -> Any:
     """The same with whole tensors, on the CPU, in place of divided ones."""
     if isinstance(value, dict): return {name: together(part) for name, part in value.items()}
     if type(value) in (list, tuple): return type(value)(together(part) for part in value)
-    return value.full_tensor().cpu() if isinstance(value, torch.Tensor) and hasattr(value, "full_tensor") else value
+    if not isinstance(value, torch.Tensor): return value
+    from arc_nb.engine.gathered import divided as pieces
+    from arc_nb.engine.gathered import own_device
+    piece: Any = value
+    return own_device(piece).full_tensor().cpu() if pieces(piece) else value
 
 def telling(status: Status) -> dict[str, Any]:
     """What a status says of its run, without the process that it was written in."""
@@ -144,7 +149,7 @@ def check_together(
     on_oom: str | None,
     watch: Any,
 ) -> tuple[int, str]:
-    """How many processes are to be started, and on which devices; 1 where this one trains. ValueError for what several cannot do together."""
+    """How many processes are to be started, and on which devices; 1 where this one trains. ValueError for what several cannot do."""
     ranks = join(trainer.setup.given["device"])
     if processes is not None and ranks.many and processes not in ("auto", ranks.world):
         raise ValueError(f"processes={processes!r}: this is one of {ranks.world} processes already, which train together by themselves")

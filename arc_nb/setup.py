@@ -297,10 +297,7 @@ class Setup(Materials):
     @property
     def whole(self) -> bool:
         """Whether every process holds the whole model and all that the optimizer knows."""
-        placed = self.placed
-        if placed is None: return True
-        from arc_nb.engine.gathered import is_zero1
-        return not (placed.sharded or placed.apart > 1 or is_zero1(self.optimizer))
+        return self.placed is None or not (self.placed.sharded or self.placed.zero1)
 
     def weights(
         self,

@@ -138,7 +138,7 @@ def measure(pairs, home, smoke):
                 ranks.barrier()
                 taken = ranks.gather(ways[name]())
                 found[name].append((sum(cpu for cpu, _ in taken), max(wall for _, wall in taken)))
-        ratio = lambda a, b, what: interval([x[what] / y[what] for x, y in zip(found[a], found[b])])
+        ratio = lambda a, b, what, found=found: interval([x[what] / y[what] for x, y in zip(found[a], found[b])])
         hand, usual = list(ways)[:2]
         out[setting[0]] = [{"name": name, "cpu_us_a_step": round(1e6 * statistics.median(c for c, _ in found[name]) / steps / ranks.world),
                             "wall_us_a_step": round(1e6 * statistics.median(w for _, w in found[name]) / steps),
@@ -154,8 +154,8 @@ def main():
     pairs = numbers[0] if numbers else 2 if smoke else 20
     with tempfile.TemporaryDirectory() as home: found = launch(measure, (pairs, home, smoke), first_only=True)[0]
     out = {"machine": platform.platform(), "python": platform.python_version(), "torch": torch.__version__, "threads": 1, "processes": 2,
-           "pairs": pairs, "measure": "an epoch in two live ranks (gloo), interleaved; CPU time of both ranks, a step and a rank; medians with "
-                                      "95 % intervals; Trainer.fit with history, norm and checkpoints on", **found}
+           "pairs": pairs, "measure": "an epoch in two live ranks (gloo), interleaved; CPU time of both ranks, a step and a rank; medians "
+                                      "with 95 % intervals; Trainer.fit with history, norm and checkpoints on", **found}
     for name, rows in found.items():
         for row in rows[2:]:
             median, low, high = row["cpu_of_usual"]

@@ -1,4 +1,4 @@
-"""fit(processes=2): the same training as in one process, and everything comes back. What the ranks can do without the notebook runs in one launch."""
+"""fit(processes=2): the same training as in one process, and everything comes back. What ranks can do alone runs in one launch."""
 import os
 import shutil
 import signal
@@ -205,6 +205,24 @@ def test_exact_resume_with_two_and_with_other_numbers(tmp_path):
         t.fit(epochs=3, resume=True, **then)
         assert t.step == alone.step and apart(t, alone) < CLOSE, name
         print(f"{name} processes after a resume: largest loss difference {apart(t, alone):.1g}")
+
+
+def test_divided_weights_resume(tmp_path):
+    given = {"dropout": .2, "strategy": ("zero3", {"min_params": 50})}
+    averages = lambda: {"callbacks": [EMA(.9)]}
+    whole, drop = trainer(**given, **averages()), trainer(**given, **averages(), run=tmp_path / "drop")
+    whole.fit(epochs=3, processes=2)
+    drop.fit(steps=10, processes=2)
+    assert {f.name for f in (tmp_path / "drop/checkpoints").glob("step-*10/*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
+    drop = trainer(**given, **averages(), run=tmp_path / "drop")
+    drop.fit(epochs=3, processes=2, resume=True)
+    assert losses(whole).tolist() == losses(drop).tolist() and same(whole.model.state_dict(), drop.model.state_dict())
+    assert same(whole.callbacks[0].average, drop.callbacks[0].average)
+    drop.restore("best")
+    assert drop.evaluate((X[:67], Y[:67]))["loss"] == pytest.approx(min(losses(drop, "valid")), abs=1e-5)
+    one = trainer(**{**given, "strategy": "auto"}, **averages(), run=tmp_path / "drop")  # the same run, in one process
+    one.fit(epochs=4, resume=True)
+    assert one.step == 28 and one.status.state == "completed"
 
 
 class Kill(Callback):

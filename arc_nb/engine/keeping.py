@@ -17,7 +17,6 @@ from .callbacks import check_monitor, direction, watched
 from .events import Callback
 from .goal import Every, check_whole
 from .guard import finite
-from .packing import pack
 from .saver import Saver
 from .telling import warn
 

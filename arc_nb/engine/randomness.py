@@ -60,7 +60,7 @@ def seed_step(
     step: int,  # that begins, from 0
     rank: int,  # of this process, among those that make the step together
 ) -> None:
-    """What a process draws in a step that several make together: it depends on the key, so that no process has to remember it for another."""
+    """Seeds what a process draws in a step that several make together: nobody has to remember another's generators."""
     own = keyed_seed(seed, step, rank)
     seed_item(own)
     if torch.cuda.is_initialized(): torch.cuda.manual_seed(own)

@@ -104,12 +104,11 @@ def local_gradients(
 def norm_over(
     ranks: Ranks,
     grads: Sequence[tuple[Tensor, int]],  # as `local_gradients` gives them
-    apart: int = 1,  # over how many ranks the parameters differ
 ) -> Tensor:
     """The 2-norm of the whole gradient, a scalar, from what each rank has of it."""
     by_parts: dict[int, list[Tensor]] = {}
     for grad, parts in grads: by_parts.setdefault(parts, []).append(grad)
-    squares = [norm_of(some, False).float().square() * (parts * apart / ranks.world) for parts, some in by_parts.items()]
+    squares = [norm_of(some, False).float().square() * (parts / ranks.world) for parts, some in by_parts.items()]
     square = torch.stack(squares).sum() if squares else torch.zeros(())
     dist.all_reduce(square, group=ranks.host if square.device.type == "cpu" else None)
     return square.sqrt()
@@ -122,7 +121,7 @@ def check_ranks(
     placed: Placed,
 ) -> None:
     """ValueError for what divided weights cannot have."""
-    if not placed.sharded and placed.apart == 1: return
+    if not placed.sharded: return
     if compute.precision.scaler:
         raise ValueError("precision='fp16' scales the loss, which divided weights cannot follow: use bf16, or strategy='ddp' or 'zero1'")
     if compute.penalty is not None:
@@ -139,7 +138,7 @@ class Together(Step):
             warnings.filterwarnings("ignore", "FSDP2-wrapped module")
         compute.model, compute.trained = placed.plain, placed.model
         super().__init__(compute, placed.optimizer, clip_norm, clip_value)
-        self.placed, self.ranks, self.whole = placed, placed.ranks, not placed.sharded and placed.apart == 1
+        self.placed, self.ranks, self.whole = placed, placed.ranks, not placed.sharded
         self.flags = self.flags and self.whole and not placed.zero1  # other optimizers cannot skip on the device
         self.sums = Sums(placed.ranks, self.precision.device)
         self.asking: Callable[[], bool] = bool  # whether this rank has a request for all; called once a step
@@ -263,7 +262,7 @@ class RankStep(Passing):
         if self.own and self.own.on: self._tell(self.own.take())
         if self.whole: return super()._measure()
         grads = local_gradients(self.parameters)
-        norm = norm_over(self.ranks, grads, self.placed.apart).to(self.precision.device)
+        norm = norm_over(self.ranks, grads).to(self.precision.device)
         if self.clip_norm or self.clip_value: clip([grad for grad, _ in grads], norm, self.clip_norm, self.clip_value)
         return norm
 

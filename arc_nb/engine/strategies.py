@@ -7,7 +7,7 @@ Docs: https://arc-nb.github.io/arc_nb/engine/strategies.html.md"""
 # %% auto #0
 __all__ = ['WHOLE', 'DIVIDED', 'STRATEGIES', 'DTYPES', 'OPTIONS', 'Strategy', 'check_strategy', 'divide', 'Placed', 'reshard',
            'place', 'check_place', 'warn_about', 'send', 'alone', 'replicated', 'wrap', 'zero1', 'divided', 'policies',
-           'unsynced', 'own', 'reduced']
+           'unsynced', 'check_whole', 'own', 'reduced']
 
 # %% ../../nbs/engine/16c_strategies.ipynb #b954936b
 import inspect
@@ -120,7 +120,6 @@ class Placed:
     quiet: Callable[[], AbstractContextManager] = nullcontext  # around all but the last forward and backward of a step
     units: tuple[str, ...] = ()  # the parts that are divided by themselves
     ddp: Any = None  # the DistributedDataParallel, where there is one
-    apart: int = 1  # over how many ranks plain parameters differ: the stages of a pipeline
     replicas: tuple[Tensor, ...] = ()  # buffers that each rank changes by itself
 
     def settle(self) -> None:
@@ -153,7 +152,7 @@ def place(
         for block in blocks: block.compile()  # torch compiles no graph with such a block inside
     way = alone if not ranks.many else divided if strategy.divided else own if strategy.parallelize else replicated
     found = way(strategy, model, optimizer, ranks, bool(compile) and not blocks, trial)
-    if found.apart == 1: found.replicas = tuple(b for b in found.module.buffers() if b.dtype.is_floating_point or b.dtype is torch.long)
+    found.replicas = tuple(b for b in found.module.buffers() if b.dtype.is_floating_point or b.dtype is torch.long)
     return found
 
 # %% ../../nbs/engine/16c_strategies.ipynb #5a643bd4
@@ -264,6 +263,14 @@ def unsynced(
     finally: model.set_requires_gradient_sync(True)
 
 # %% ../../nbs/engine/16c_strategies.ipynb #f39fda02
+def check_whole(model: nn.Module, ranks: Ranks) -> None:
+    """ValueError, on all ranks, where they have other parameters than rank 0: checkpoints and the notebook want one whole model."""
+    first, *others = ranks.gather({name: tuple(p.shape) for name, p in model.named_parameters()})
+    odd = next((name for other in others for name in (*first, *other) if first.get(name) != other.get(name)), None)
+    if odd is None: return
+    raise ValueError(f"after parallelize(model, mesh) the ranks have different parameters, {odd} among them. Each needs the whole model, "
+                     "as DTensors where it is cut; a pipeline whose ranks each compute some stages is arc_nb.engine.pipelined.Pipelined")
+
 def own(strategy: Strategy, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, compile: bool, trial: Any) -> Placed:
     """A person's function puts the model in place; gradients of several shares of the rows are reduced for it where it does not do so."""
     from torch.distributed import init_device_mesh
@@ -275,7 +282,7 @@ def own(strategy: Strategy, model: nn.Module, optimizer: torch.optim.Optimizer, 
         raise TypeError(f"parallelize(model, mesh) has to return a module, or None where it changed the model itself, not {made!r}")
     model = model if made is None else made
     found = reduced(model, optimizer, mesh, [name for name, n in sizes.items() if _rows(name) and n > 1], ranks)
-    found.apart = prod(n for name, n in sizes.items() if name.startswith("pp"))
+    check_whole(found.module, ranks)
     exchange(optimizer, before, model)
     found.model, found.plain = (torch.compile(m) if compile else m for m in (found.model, found.plain))
     return found
