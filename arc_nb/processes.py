@@ -6,7 +6,7 @@ Docs: https://arc-nb.github.io/arc_nb/processes.html.md"""
 
 # %% auto #0
 __all__ = ['OWN', 'TOLD', 'Plan', 'Luggage', 'pack_up', 'unpack', 'train_there', 'brought', 'movable', 'together', 'telling',
-           'check_together', 'refuse_together', 'Relay', 'Ear', 'divided', 'Sending', 'Elsewhere', 'Boards',
+           'check_together', 'refuse_together', 'Told', 'Relay', 'Ear', 'divided', 'Sending', 'Elsewhere', 'Boards',
            'notebook_launch']
 
 # %% ../nbs/40db_processes.ipynb #aa7d91a2
@@ -16,11 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from .engine.checkpoint import newest_good, read_checkpoint
 from .engine.controls import Controls, Requests, pass_to
+from .engine.crew import ProcessKilled, RankTraceback
 from .engine.events import Callback
 from .engine.goal import Goal
 from .engine.history import History, Status
@@ -30,7 +32,7 @@ from .engine.shipping import unpicklable
 from .engine.strategies import check_strategy
 from .engine.telling import warn
 from .preparing import Preparing
-from .resume import on_device, put_model, put_training
+from .resume import on_device, put_callbacks, put_model, put_training
 from .runs import Source, find_layers
 
 # %% ../nbs/40db_processes.ipynb #241cc337
@@ -99,11 +101,12 @@ def train_there(
 ) -> dict[str, Any] | None:
     """One attempt at the fit, in each of the processes; the first returns what there is to bring back."""
     trainer = unpack(luggage)
+    trainer._told = True
     trainer.relay()
     try: trainer._here(plan)
     except Exception:
         line = channel()
-        if line and trainer.ranks.first and trainer.whole and trainer.sound: line.send(("left", brought(trainer)))
+        if line and trainer.ranks.first and trainer.whole and trainer.sound: line.send(Told("left", brought(trainer)))
         raise
     with trainer.all_together(): return brought(trainer)
 
@@ -177,6 +180,11 @@ def refuse_together(setup: Any, on_oom: str | None) -> None:
         raise ValueError("precision='fp16' scales the loss, which divided weights cannot follow: use bf16, or strategy='ddp' or 'zero1'")
 
 # %% ../nbs/40db_processes.ipynb #baf45990
+class Told(NamedTuple):
+    """What a run tells."""
+    kind: str   # "begun", "news" or "left"
+    value: Any
+
 class Relay(Callback):
     """Tells the notebook what is new, and hears what it asks for."""
     order = 90
@@ -185,7 +193,7 @@ class Relay(Callback):
 
     def on_fit_start(self, trainer: Any) -> None:
         self.seen = {key: len(series) for key, series in trainer.history.series_by_name.items()}
-        self.line.send(("begun", {"name": trainer.name, "path": trainer.path, "history": trainer.history,
+        self.line.send(Told("begun", {"name": trainer.name, "path": trainer.path, "history": trainer.history,
                                   "status": telling(trainer.status), "compared": trainer.compared}))
         self.ended.clear()
         threading.Thread(target=self._listen, args=(trainer.controls,), daemon=True).start()
@@ -199,7 +207,7 @@ class Relay(Callback):
         news = {"rows": trainer.history.news(self.seen), "status": telling(trainer.status)}
         if trainer.layers is not None and len(trainer.layers.steps) != self.layers:
             self.layers, news["layers"] = len(trainer.layers.steps), trainer.layers
-        self.line.send(("news", news))
+        self.line.send(Told("news", news))
 
     def on_tick(self, trainer: Any) -> None: self.tell(trainer)
     def on_epoch_end(self, trainer: Any) -> None: self.tell(trainer)
@@ -212,8 +220,9 @@ class Ear:
         self.source, self.left, self.paused = source, None, False  # type: ignore[var-annotated]
         self.begun: float | None = None  # seconds of training before the run began
 
-    def hear(self, rank: int, said: tuple[str, Any]) -> None:
-        """Takes one message in."""
+    def hear(self, rank: int, said: Any) -> None:
+        """Takes one message in; of others than a run's nobody knows what to do with them."""
+        if not isinstance(said, Told): return
         kind, value = said
         if kind == "left": self.left = value
         if kind == "begun":
@@ -265,6 +274,7 @@ class Sending(Preparing):
         self._check_ready()
         if plan.resume and self._found(plan.resume) is None: plan = replace(plan, resume=False)
         luggage, ear, board = pack_up(self), Ear(self), self._watching()
+        series = self.history.series_by_name
         if plan.probes: plan = replace(plan, probes=type(plan.probes)(*plan.probes.names, share=plan.probes.share))  # without what it knew
         print(divided(self.setup.given, count, devices))
         self.loop, self._thread, self.status.state, self.status.message = None, threading.current_thread(), "starting", ""
@@ -274,7 +284,7 @@ class Sending(Preparing):
                                 on_tick=lambda: board.on_tick(self) if board else None, on_interrupt=self._interrupted, first_only=True)
             self._take_back(back)
         except BaseException as error:
-            self._lost(error, ear)
+            self._lost(error, ear, luggage, series)
             raise
         finally:
             self._thread = self._lr = None
@@ -282,6 +292,27 @@ class Sending(Preparing):
             if board: board.cleanup(self)
             self.controls.resume(); self.controls.take()  # what came too late is not meant for the next fit
         return self.history
+
+    def _stand_at(self, path: Path) -> None:
+        """All is as in a checkpoint, the history too."""
+        state = read_checkpoint(path, self.setup.compute.precision.device, proven=True)[0]
+        self.stand_as(state)
+        self._place, self.history.path = state["place"], path.parent.parent / "history.jsonl"
+        self.history.rewind(state["place"]["history"])
+
+    def stand_as(self, state: Mapping[str, Any]) -> None:
+        """Weights, optimizer, callbacks, step and epoch as a checkpoint has them."""
+        put_model(self.model, self.setup.given["loss"], state)
+        put_training(self.setup, state)
+        self.setup.base_lrs = list(state.get("base_lrs", [group["lr"] for group in self.optimizer.param_groups]))
+        self.status.step, self.status.epoch, self.status.lr = state["step"], state["epoch"], self.lr
+        if "place" in state: put_callbacks(self.own_callbacks, state["callbacks"], self.setup.compute.precision.device)
+
+    def _as_before(self, luggage: Luggage, series: dict[Any, Any]) -> None:
+        """Nothing has come back: history and numbers are those of the weights that are here."""
+        self.status.step, self.status.epoch = luggage.at
+        self.history.series_by_name, self.layers = series, luggage.own["layers"]
+        if self.history.path: self.history.rewind(luggage.position)
 
     def _watching(self) -> Any:
         """The board of the fit, as a listener; None where nobody wants one."""
@@ -307,9 +338,14 @@ class Sending(Preparing):
             self.layers = find_layers(self.path) or self.layers
         vars(self.status).update(back["status"])
 
-    def _lost(self, error: BaseException, ear: Ear) -> None:
-        """The fit has failed there: what could be saved comes back, and whoever looks is told."""
+    def _lost(self, error: BaseException, ear: Ear, luggage: Luggage, series: dict[Any, Any]) -> None:
+        """The fit has failed there: what could be saved comes back, else the newest good checkpoint, else all is as before."""
+        self._thread = None
+        newest = newest_good(self.path / "checkpoints") if self.path and ear.begun is not None else None
         if ear.left: self._take_back(ear.left)
+        elif newest: self._stand_at(newest)
+        else: self._as_before(luggage, series)
+        if ear.begun is not None: error.add_note(f"the Trainer here stands at step {self.step}" + (f", as {newest.name}" if newest else ""))
         self.status.state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         self.status.message = f"{type(error).__name__}: {error}"
         if self.path and self.path.is_dir(): self.status.write(self.path)
@@ -328,9 +364,10 @@ class Boards:
         self.ear: Ear | None = None
         self.watching: Any = None
 
-    def hear(self, rank: int, said: tuple[str, Any]) -> None:
-        """Takes one message in; a run that begins gets a board."""
-        if said[0] == "begun": self._begin(said[1])
+    def hear(self, rank: int, said: Any) -> None:
+        """Takes one message in; a run that begins gets a board, and what is no run's is printed."""
+        if not isinstance(said, Told): print(f"[rank {rank}] {said!r}"); return
+        if said.kind == "begun": self._begin(said.value)
         if self.ear: self.ear.hear(rank, said)
 
     def _begin(self, about: Mapping[str, Any]) -> None:
@@ -370,7 +407,8 @@ def notebook_launch(
             return launch(fn, tuple(args), dict(kwargs or {}), count, devices=devices, on_message=boards.hear, on_tick=boards.tick,
                           asked=boards.asked, first_only=True)[0]
         except Exception as error:
-            if attempt == retry: raise
+            of_a_rank = isinstance(error, ProcessKilled) or isinstance(error.__cause__, RankTraceback)
+            if attempt == retry or not of_a_rank: raise
             warn(f"the function begins again (attempt {attempt + 1} of {retry}), since {type(error).__name__}: {error}", RuntimeWarning)
         finally: boards.finish()
     raise AssertionError("a launch ends in one of its attempts")

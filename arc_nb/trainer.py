@@ -22,7 +22,7 @@ from .engine.probe import summary
 from .engine.randomness import seeded
 from .engine.scaling import SCALED, is_scaled
 from .engine.step import evaluate
-from .resume import newest_in, put_callbacks, put_model, put_training, settings_of
+from .resume import newest_in, settings_of
 from .seeing import Seeing
 from .setup import Setup, check_choices, check_keepers, check_numbers, warn_unused
 from .using import export_model, predict, read_model, save_model
@@ -42,6 +42,7 @@ class Using(Seeing):
         data: Any,  # with targets, in any form
     ) -> dict[str, Any]:
         """{"loss": .., metric: ..} on any data with targets, a table such as confusion_matrix as a nested list; nothing is logged."""
+        self.check_company()
         setup = self.setup
         with seeded(setup.given["seed"]): scores = evaluate(setup.compute, setup.batches(data, "test"), setup.metrics)
         return scores | (setup.metrics.tables() if setup.metrics else {})
@@ -52,6 +53,7 @@ class Using(Seeing):
         proba: bool = False,  # probabilities (or rates) instead of the model's raw outputs
     ) -> Any:
         """The model's outputs as a float tensor (rows, ...) on the CPU, in the order given."""
+        self.check_company()
         return predict(self.setup, data, proba)
 
     def summary(self) -> "pd.DataFrame":
@@ -103,19 +105,20 @@ class Keeping(Using):
         """Weights, optimizer, callbacks, step and epoch as they were then; a further fit begins there, and `fit(resume=path)` goes on to
         the bit. FileNotFoundError where there is none, ValueError for a damaged one or another model's."""
         if self._thread: raise RuntimeError("this Trainer is training: stop() it first; restore() puts weights back in a callback too")
-        state, _ = read_checkpoint(self._checkpoint(path), self.setup.compute.precision.device)
-        put_model(self.model, self.setup.given["loss"], state)
-        put_training(self.setup, state)
-        self.setup.base_lrs = list(state.get("base_lrs", [group["lr"] for group in self.optimizer.param_groups]))
-        self.status.step, self.status.epoch, self.status.lr = state["step"], state["epoch"], self.lr
-        if "place" in state: put_callbacks(self.own_callbacks, state["callbacks"], self.setup.compute.precision.device)
+        self.stand_as(self._state_in(path))
 
     def restore(
         self,
         name: str | Path = "best",  # "best", "last" or a path
     ) -> None:
         """Puts the weights of "best" or "last", or of any checkpoint, into the model. FileNotFoundError where there is none."""
-        restore(self.model, read_checkpoint(self._checkpoint(name), self.setup.compute.precision.device)[0]["model"])
+        restore(self.model, self._state_in(name)["model"])
+
+    def _state_in(self, name: str | Path) -> dict[str, Any]:
+        """What a checkpoint holds; where the model is cut, each process gets its pieces, and all of them ask."""
+        self.check_company()
+        if self.sharded: return self._read(self.ranks.share(lambda: self._checkpoint(name)), False)[0]
+        return read_checkpoint(self._checkpoint(name), self.setup.compute.precision.device)[0]
 
     def _checkpoint(self, name: str | Path) -> Path:
         """The path of "best" or "last", when what is being saved is down."""
@@ -135,7 +138,10 @@ class Keeping(Using):
         path: str | Path,  # of the file
     ) -> Path:
         """Writes weights and settings into one file."""
-        return save_model(path, self.setup.given, step=self.step, epoch=self.epoch)
+        self.check_company()
+        weights = self.setup.weights("whole" if self.sharded else "")["model"]
+        if self.sharded and not self.ranks.first: return Path(path)
+        return save_model(path, self.setup.given, weights, step=self.step, epoch=self.epoch)
 
     def export(
         self,
@@ -181,7 +187,7 @@ class Trainer(Keeping):
         device: str = "auto",  # "auto", "cpu", "cuda", "cuda:1", "mps"
         workers: int = 0,  # processes that load a Dataset
         compile: bool | str = False,  # True: the model; "step": the whole step in one graph
-        strategy: str = "auto",
+        strategy: Any = "auto",  # of several processes: "ddp", "zero1", "zero2", "zero3", (name, options), a function (model, mesh)
         callbacks: Iterable[Callback] = (),
         track: Sequence = (),  # callbacks that write elsewhere
         checkpoint_every: int | str | None = "1 epoch",  # steps, "1 epoch", "10 min"; best and last are always kept

@@ -111,12 +111,14 @@ def storable(
 def save_model(
     path: str | Path,  # of the file
     given: Mapping[str, Any],  # the settings of a Trainer, with its model
+    weights: Mapping[str, Tensor] | None = None,  # the model's, where they are not whole in it
     **where: int,  # step and epoch
 ) -> Path:
     """Writes weights and settings into one file, in one move; OSError leaves what was there before."""
     settings_ = {k: given[k] for k in KEPT if storable(given[k])}
     objects = {k: repr(given[k]) for k in KEPT if not storable(given[k])}
-    return write_file(path, {"model": given["model"].state_dict(), "settings": settings_, "objects": objects, **where})
+    kept = given["model"].state_dict() if weights is None else weights
+    return write_file(path, {"model": kept, "settings": settings_, "objects": objects, **where})
 
 def read_model(
     path: str | Path,  # of the file

@@ -181,7 +181,7 @@ class Listener:
         self.reactions["ended"](worker, worker.process.wait())
 
 # %% ../../nbs/engine/17a2_crew.ipynb #ad6a8188
-_SETTLE = 0.3   # seconds in which others may show that they failed earlier
+_SETTLE = 2.0   # seconds in which others may show that they failed earlier, and rank 0 keeps what can be kept
 
 class Crew(Listener):
     """The ranks of one launch, what they have answered, and how they end."""

@@ -15,6 +15,8 @@ import warnings
 from collections import deque
 from typing import Any
 
+from .telling import warn
+
 # %% ../../nbs/engine/17a_voices.ipynb #e180f7f4
 _LONGEST = 1 << 16  # characters that wait for the end of their line
 
@@ -136,4 +138,5 @@ class Warnings:
         if warning in self.told: return
         self.told.add(warning)
         message, category, file, line = warning
-        warnings.warn_explicit(prefix + message, category, file, line)
+        if file == "<string>": warn(prefix + message, category)  # the rank's own beginning, which is nobody's line: the line here
+        else: warnings.warn_explicit(prefix + message, category, file, line)
