@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from .engine.checkpoint import newest_good, read_checkpoint
 from .engine.controls import Controls, Requests, pass_to
@@ -100,6 +101,7 @@ def train_there(
     plan: Plan,
 ) -> dict[str, Any] | None:
     """One attempt at the fit, in each of the processes; the first returns what there is to bring back."""
+    warnings.filterwarnings("ignore", "Seems like `optimizer.step", UserWarning)  # torch marks an optimizer, and the mark is not sent
     trainer = unpack(luggage)
     trainer._told = True
     trainer.relay()
@@ -116,8 +118,10 @@ def brought(
     """What comes back into the notebook."""
     state = trainer.state_dict()
     callbacks = [movable(c, trainer.sharded) for c in trainer.callbacks]
-    return {"state": state, "callbacks": callbacks, "layers": trainer.layers, "path": trainer.path, "history": trainer.history,
-            "position": trainer.history.position(), "status": telling(trainer.status)}
+    made = trainer.setup.given["schedule"]  # perhaps an object of the person's
+    scheduler = made.state_dict() if isinstance(made, LRScheduler) else None
+    return {"state": state, "callbacks": callbacks, "scheduler": scheduler, "layers": trainer.layers, "path": trainer.path,
+            "history": trainer.history, "position": trainer.history.position(), "status": telling(trainer.status)}
 
 def movable(
     callback: Callback,
@@ -330,6 +334,7 @@ class Sending(Preparing):
         if state["optimizer"]: put_training(self.setup, state)
         self.setup.base_lrs, self.horizon, self._place = list(state["base_lrs"]), state["horizon"], state.get("place")
         self._random, self.path, self.layers = state["random"], back["path"], back["layers"]
+        if back["scheduler"]: self.setup.given["schedule"].load_state_dict(back["scheduler"])
         for mine, theirs in zip(self.callbacks, back["callbacks"]): vars(mine).update(on_device(theirs, device))
         self.history.series_by_name = back["history"].series_by_name
         if self.path:

@@ -6,6 +6,7 @@ process ends with everything that it has started. Nothing heavy is imported befo
 """
 from __future__ import annotations
 
+import atexit
 import os
 import pickle
 import signal
@@ -93,7 +94,16 @@ def main(fd: int) -> None:
         line.tell("result", value)
         line.leave.wait()
         if value is not None: value.remove()
-    sys.stdout.flush()
+    _end()
+
+
+def _end() -> None:
+    """Ends as a program does, up to the point where torch's own threads may still be at work: taking Python down around them may abort."""
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.current_thread(): thread.join()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr): stream.flush()
+    os._exit(0)
 
 
 def work(line: Channel, order: dict[str, Any]) -> Parcel | None:
