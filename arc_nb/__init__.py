@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 _rooms = {"Trainer": "trainer", "show": "runs", "Callback": "engine.events", "Checkpoints": "engine.keeping",
           "EarlyStopping": "engine.callbacks", "EMA": "engine.callbacks", "SWA": "engine.callbacks",
-          "notebook_launch": "processes", "Cluster": "engine.cluster"}
+          "notebook_launch": "relay", "Cluster": "engine.cluster"}
 __all__ = ["Trainer", "Callback", "Checkpoints", "EarlyStopping", "EMA", "SWA", "show", "notebook_launch", "Cluster"]
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .engine.cluster import Cluster
     from .engine.events import Callback
     from .engine.keeping import Checkpoints
-    from .processes import notebook_launch
+    from .relay import notebook_launch
     from .runs import show
     from .trainer import Trainer
 
