@@ -53,6 +53,14 @@ class Halves(Callback):
     def on_epoch_end(self, trainer): trainer.lr *= .5
 
 
+class Freezes(Callback):
+    "Fine-tunes: the first layer rests from the start, is trained for an epoch, and rests again; said on rank 0 only."
+    def _rest(self, trainer, rests):
+        for p in trainer.model[0].parameters(): p.requires_grad_(not rests)
+    def on_fit_start(self, trainer): self._rest(trainer, True)
+    def on_epoch_end(self, trainer): self._rest(trainer, trainer.epoch != 1)
+
+
 class Early(Callback):
     "Stops in the middle of an epoch, by a callback of rank 0."
     def on_step_end(self, trainer):
@@ -97,6 +105,8 @@ CASES = {
     "an average": {"callbacks": lambda: [EMA(.9)]},
     "a rate that a callback sets": {"callbacks": lambda: [Halves()]},
     "a callback that stops": {"callbacks": lambda: [Early()]},
+    "a callback that freezes": {"callbacks": lambda: [Freezes()]},
+    "a callback that freezes, zero1": {"callbacks": lambda: [Freezes()], "strategy": "zero1"},
     "stopped early": {"callbacks": lambda: [EarlyStopping(patience=1, min_delta=.5)]},
     "l2": {"l2": 1e-3},
     "sgd": {"optimizer": ("sgd", {"momentum": .9})},
@@ -266,6 +276,44 @@ def test_an_error_of_a_rank_comes_with_its_own_traceback(tmp_path, rank):
     t.callbacks.clear()
     t.fit(epochs=1, processes=2)                                        # and once more, in the same process
     assert t.status.state == "completed"
+
+
+class Dies(Callback):
+    "Rank 0 is killed, when the checkpoint of the first epoch is down."
+    def on_step_end(self, trainer):
+        if trainer.step == 12: time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_after_a_lost_fit_the_trainer_stands_where_its_weights_are(tmp_path):
+    plain, kept, t = trainer(), trainer(run=tmp_path / "kept", callbacks=[Dies()]), trainer(callbacks=[Dies()])
+    plain.fit(epochs=1)
+    for one in (kept, t):
+        with pytest.raises(ProcessKilled, match="rank 0") as caught: one.fit(epochs=3, processes=2)
+        assert "stands at step" in caught.value.__notes__[-1] and one.status.state == "failed"
+    assert (t.step, t.epoch, len(losses(t))) == (0, 0, 0) and same(t.model.state_dict(), model().state_dict())
+    assert (kept.step, kept.epoch, len(losses(kept))) == (7, 1, 7)                                   # its newest checkpoint
+    assert same(kept.model.state_dict(), plain.model.state_dict(), 1e-6) and apart(kept, plain) < CLOSE
+    t.callbacks.clear()
+    t.fit(epochs=1)
+    assert same(t.model.state_dict(), plain.model.state_dict()) and t.history.epochs()["epoch"].tolist() == [1]
+
+
+def test_an_interrupt_stops_all_ranks_at_one_step():
+    t = trainer(batch_size=4)
+
+    def interrupt():
+        while t.step < 10: time.sleep(.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell in the background ignores
+    thread = threading.Thread(target=interrupt)
+    try:
+        thread.start()
+        t.fit(epochs=1000, processes=2)
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)
+    assert t.status.state == "interrupted" and t.status.message == "interrupted by SIGINT" and t.step == len(losses(t))
 
 
 def test_stop_pause_and_rate_reach_all_ranks():

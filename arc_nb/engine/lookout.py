@@ -238,7 +238,9 @@ def report_late(
                    "finite. The weights are those before that step; device='cpu' tells the layer.")
 
 def compare(parts: Parts) -> None:
-    """Warns where the weights of the ranks are no longer the same, which they are by themselves; those cut over the ranks are left out."""
+    """Trains in all ranks what rank 0 trains, and warns where their weights are no longer the same, which they are by themselves; those
+    that are cut over the ranks are left out."""
+    parts.step.follow()
     named = [(name, p) for name, p in parts.compute.model.named_parameters() if type(p.data) is torch.Tensor]
     found = parted(parts.ranks, named) if named else None
     if not found or not parts.ranks.first: return

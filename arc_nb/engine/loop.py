@@ -236,6 +236,7 @@ class Loop:
         model.train()
         parts.events.emit("on_fit_start")
         if parts.on_start: parts.on_start()
+        if parts.ranks.many: compare(parts)
         if self.lookout.final: self.lookout.stopping, status.state, status.message = True, "stopped", self.lookout.final
         while not self.finished: self.epochs.run()
         if not self.lookout.stopping:

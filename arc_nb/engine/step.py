@@ -270,6 +270,9 @@ class Step(Gradients):
         self.sound = True
         return outcome
 
+    def follow(self) -> None:
+        """Between epochs: where several processes step together, they train the same parameters."""
+
     def settle(self) -> None:
         """Before a validation: where several processes step together, they bring their buffers in line."""
 

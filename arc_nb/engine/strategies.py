@@ -121,6 +121,7 @@ class Placed:
     units: tuple[str, ...] = ()  # the parts that are divided by themselves
     ddp: Any = None  # the DistributedDataParallel, where there is one
     replicas: tuple[Tensor, ...] = ()  # buffers that each rank changes by itself
+    renew: Callable[[], None] | None = None  # wraps the model anew, after other parameters of it want gradients
 
     def settle(self) -> None:
         """Makes the ranks' buffers those of rank 0, and lets go of gathered weights: before a validation, and before weights are read."""
@@ -194,10 +195,19 @@ def replicated(strategy: Strategy, model: nn.Module, optimizer: torch.optim.Opti
     """A whole model on each rank; with zero1 each keeps a share of the optimizer's state."""
     find = strategy.options.get("find_unused")
     if find is None: find = ranks.any(trial is not None and bool(unused(model, eager(trial) if compile else trial)))
-    ddp = wrap(model, find_unused_parameters=find, bucket_cap_mb=strategy.options.get("bucket_mb"))
     if strategy.name == "zero1": optimizer = zero1(optimizer)
-    return Placed(model, optimizer, ranks, torch.compile(ddp) if compile else ddp, torch.compile(model) if compile else model,
-                  averaged=ranks.world, quiet=ddp.no_sync, ddp=ddp, zero1=strategy.name == "zero1")
+    found = Placed(model, optimizer, ranks, plain=torch.compile(model) if compile else model, averaged=ranks.world,
+                   zero1=strategy.name == "zero1")
+
+    def renew() -> None:
+        found.model = found.ddp = None  # its hooks go with it
+        found.quiet = nullcontext
+        found.ddp = wrap(model, find_unused_parameters=find, bucket_cap_mb=strategy.options.get("bucket_mb"))
+        found.model, found.quiet = torch.compile(found.ddp) if compile else found.ddp, found.ddp.no_sync
+
+    found.renew = renew
+    renew()
+    return found
 
 def wrap(model: nn.Module, **options: Any) -> Any:
     """The model in torch's DistributedDataParallel."""
