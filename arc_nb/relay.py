@@ -41,13 +41,15 @@ class Relay(Callback):
     def on_fit_start(self, trainer: Any) -> None:
         self.seen = {key: len(series) for key, series in trainer.history.series_by_name.items()}
         self.line.send(Told("begun", {"name": trainer.name, "path": trainer.path, "history": trainer.history,
-                                  "status": telling(trainer.status), "compared": trainer.compared}))
+                                  "status": telling(trainer.status), "compared": trainer.compared,
+                                  "board": str(trainer.setup.given["board"])}))
         self.ended.clear()
         threading.Thread(target=self._listen, args=(trainer.controls,), daemon=True).start()
 
     def _listen(self, controls: Controls) -> None:
         while not self.ended.wait(0.05):
-            for wish in self.line.received(): pass_to(controls, Requests("stopped", "interrupted") if wish == "stop" else wish)
+            for wish in self.line.received():
+                pass_to(controls, Requests("interrupted", "interrupted by SIGINT") if wish == "stop" else wish)
 
     def tell(self, trainer: Any) -> None:
         """Sends what is new."""
@@ -86,6 +88,7 @@ class Ear:
         requests = controls.take() if controls.waiting else Requests()
         if requests == Requests(pause=self.paused): return None
         self.paused = requests.pause
+        if requests.lr is not None: self.source.status.lr = requests.lr  # until the run says so itself
         return requests
 
 # %% ../nbs/40db_relay.ipynb #a3a6ade4
@@ -112,7 +115,7 @@ class Boards:
         from arc_nb.watch.board import Watching
         self.finish()
         source = Elsewhere(about)
-        self.ear, self.watching = Ear(source), Watching(source.board())
+        self.ear, self.watching = Ear(source), Watching(source.board(about["board"]))
         self.watching.on_fit_start(source)
 
     def tick(self) -> None:
@@ -138,6 +141,7 @@ def notebook_launch(
     retry: int = 0,                      # times that it is run again after an error
 ) -> Any:
     """What rank 0 returned. ValueError or TypeError before the start; a rank's own error, with its traceback, within seconds."""
+    if not isinstance(args, (tuple, list)): raise TypeError(f"args={args!r} has to be a tuple, such as args=({args!r},)")
     count, devices = processes_of(processes)
     for attempt in range(retry + 1):
         boards = Boards()

@@ -102,8 +102,10 @@ class State(Source):
     def lr(self) -> float:
         """The learning rate of the first parameter group; where several processes train, as it was last asked for: they all follow after
         the step."""
-        asked = self.controls.asked_lr if self.ranks.many else None
-        return float(self.optimizer.param_groups[0]["lr"]) if asked is None else asked
+        elsewhere = self._thread is not None and self.loop is None  # other processes train
+        asked = self.controls.asked_lr if self.ranks.many or elsewhere else None
+        if asked is not None: return asked
+        return self.status.lr if elsewhere else float(self.optimizer.param_groups[0]["lr"])
 
     @lr.setter
     def lr(self, lr: float) -> None:

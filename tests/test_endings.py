@@ -290,6 +290,37 @@ def test_fit_async_can_be_awaited_and_cancelled():
     assert history is t.history and t.status.state == "interrupted"
 
 
+AWAITED = """
+import sys, time
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+from small import On, trainer
+t = trainer(callbacks=[On(on_step_end=lambda trainer: time.sleep(.01))])
+print("ready")
+await t.fit_async(epochs=100)
+print("ended", t.status.state)
+"""
+
+KERNEL = """
+import sys, threading, time
+from jupyter_client.manager import start_new_kernel
+manager, client = start_new_kernel(kernel_name="python3")
+client.execute(sys.argv[1])
+text, end = "", time.monotonic() + 60
+while "ended" not in text and time.monotonic() < end:
+    message = client.get_iopub_msg(timeout=60)
+    if message["msg_type"] != "stream": continue
+    text += message["content"]["text"]
+    if "ready" in message["content"]["text"]: threading.Timer(1, manager.interrupt_kernel).start()
+print(text)
+manager.shutdown_kernel(now=True)
+"""
+
+def test_the_interrupt_of_a_kernel_stops_an_awaited_fit():
+    "ipykernel cancels the cell, and nothing of its own wakes the event loop."
+    done = subprocess.run([sys.executable, "-c", KERNEL, AWAITED.format(root=str(ROOT))], capture_output=True, text=True, timeout=120)
+    assert "ended interrupted" in done.stdout, done.stdout + done.stderr
+
+
 # --- Signals, in a process of their own ------------------------------------------------------------------------------
 
 SCRIPT = """

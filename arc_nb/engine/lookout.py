@@ -118,7 +118,6 @@ class Lookout:
         """History, status, requests from outside, listeners."""
         status = self.parts.status
         self.settle()
-        status.ranks = self.parts.ranks.world
         if self.busy: status.busy, self.busy = [median(some) for some in zip(*self.busy)], self.busy[-64:]  # the last look's steps, or more
         rows, passed = self.rows - self.seen[0], status.elapsed - self.seen[1]
         if rows and passed:

@@ -185,6 +185,7 @@ class Loop:
         status = parts.status
         status.start, status.elapsed, self.first = status.step, 0.0, status.epoch
         status.message = status.cause = status.finding = ""
+        status.ranks, status.busy = parts.ranks.world, []
         self.parts, self.goal, self.lookout = parts, goal, Lookout(parts, goal)
         self.epochs = Epochs(parts, goal, self.lookout)
         parts.compute.heard = self.epochs.measure if parts.train_metrics else None

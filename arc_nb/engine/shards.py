@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from .batches import Batch, LoaderBatches, TensorBatches
 from .loaders import DatasetReader, KeyedItems
@@ -148,14 +148,17 @@ class LoaderShare(LoaderBatches):
 
     def _compare(self, batch: Batch) -> None:
         "ValueError unless all ranks have read the same."
-        what, kind = self.reader.what, type(getattr(self.reader, "source", None)).__name__
-        if not self.said and self.ranks.first and kind not in ("list", "tuple"): warn(_ALL.format(what=what, kind=kind))
+        source = getattr(self.reader, "source", None)
+        endless = isinstance(source, DataLoader) and isinstance(source.dataset, IterableDataset)
+        what, kind = self.reader.what, "IterableDataset" if endless else type(source).__name__
+        if not self.said and self.ranks.first and not isinstance(source, (list, tuple)):
+            warn(_ALL.format(what=what, kind=kind) + ("" if endless else _PART))
         self.said = True
         sums = self.ranks.gather(checksums(t for t in flatten(batch.raw).values() if isinstance(t, Tensor)))
         if any(some != sums[0] for some in sums): raise ValueError(_OTHER.format(what=what, kind=kind))
 
-_ALL = ("{what} is a {kind}: every process reads all of its batches and uses its share of each. "
-        "A Dataset, given itself (train=dataset, batch_size=...), is read by each process in part")
+_ALL = "{what} is a {kind}: every process reads all of its batches and uses its share of each"
+_PART = ". A Dataset, given itself (train=dataset, batch_size=...), is read by each process in part"
 _OTHER = ("{what}: the processes read different batches from this {kind}, so that rows would be missing and others come twice. "
           "Seed what it draws from, or give the Dataset itself (train=dataset, batch_size=...)")
 
