@@ -122,7 +122,7 @@ def speed_card(curves: Curves,  # of the run
                ) -> Card:
     "Rows a second, of all processes together and of each."
     card, speed = course_card(curves, "samples_per_second", "samples a second"), curves.newest.get(("train", "samples_per_second"))
-    if ranks > 1 and speed is not None: card.unit = f"{ranks} × {number(speed / ranks)}"
+    if ranks > 1 and speed is not None: card.title = f"samples/s, {ranks} × {number(speed / ranks)}"
     return card
 
 def cards(curves: Curves,  # of the run
