@@ -305,7 +305,7 @@ class Setup(Materials):
     ) -> dict[str, Any]:
         """{"model": .., "optimizer": ..}: their states; the optimizer's is empty where it is spread over others who were not asked."""
         model = self.given["model"]
-        if self.placed is not None and together:
+        if self.placed is not None and self.ranks.many and together:
             from arc_nb.engine.gathered import optimizer_state, whole_state
             self.placed.settle()
             if together == "pieces": return {"model": model.state_dict(), "optimizer": optimizer_state(self.optimizer, self.ranks)}

@@ -214,6 +214,7 @@ class Crew(Listener):
     def failed(self, worker: Worker, report: tuple[float, str, Parcel | None, Parcel | None, str]) -> None:
         self.waiting.discard(worker)
         self.failures.append(Failure(worker.rank, report[0], revived(worker.rank, *report[1:])))
+        worker.send("leave")  # so that those who wait for it in a collective hear of it, and rank 0 keeps what it has
 
     def gone(self, worker: Worker, code: int) -> None:
         if worker not in self.waiting: return
