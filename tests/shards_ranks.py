@@ -496,8 +496,15 @@ def begin(rank, world, port_file):
     "The ranks, on a process group that gives up after a while."
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world, store=dist.FileStore(port_file, world), timeout=timedelta(seconds=20))
+    if not dist.is_initialized():  # launched ranks have one
+        store = dist.FileStore(port_file, world)
+        dist.init_process_group("gloo", rank=rank, world_size=world, store=store, timeout=timedelta(seconds=20))
     return join("cpu") if world > 1 else ALONE
+
+
+def launched(work, world, home):
+    "What a launched rank does."
+    work(int(os.environ["RANK"]), world, home)
 
 
 def run_cases(rank, world, home):

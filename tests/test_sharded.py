@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from shards_ranks import CASES, Net, goes_on, groups, plain, run_cases, same, train
+from shards_ranks import CASES, Net, goes_on, groups, launched, plain, run_cases, same, train
 
 from arc_nb.engine.checkpoint import newest_good, read_checkpoint
+from arc_nb.engine.launch import launch
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     "Where the pair has left its table and its files."
     home = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_cases, (2, str(home)), nprocs=2)
+    launch(launched, (run_cases, 2, str(home)), processes=2)
     return home
 
 
@@ -42,7 +42,7 @@ def test_one_process_goes_on_from_two_ranks(home):
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_another_number_of_ranks(world, home):
-    mp.spawn(goes_on, (world, str(home)), nprocs=world)
+    launch(launched, (goes_on, world, str(home)), processes=world)
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(60, marks=pytest.mark.slow)])
