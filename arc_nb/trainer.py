@@ -139,7 +139,7 @@ class Keeping(Using):
     ) -> Path:
         """Writes weights and settings into one file."""
         self.check_company()
-        weights = self.setup.weights("whole" if self.sharded else "")["model"]
+        weights = self.setup.weights("whole")["model"] if self.sharded else None
         if self.sharded and not self.ranks.first: return Path(path)
         return save_model(path, self.setup.given, weights, step=self.step, epoch=self.epoch)
 

@@ -1,4 +1,5 @@
-"""The block of the small GPTs that the benches train."""
+"""The small GPT whose steps the benches time, and the block of all their GPTs."""
+import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,3 +17,16 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
         x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, w))
         return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    "The next token; nothing is initialised as a real one would be: it is for timing."
+    def __init__(self, vocabulary=65, width=128, layers=4, heads=4, context=128):
+        super().__init__()
+        self.token, self.place = nn.Embedding(vocabulary, width), nn.Parameter(torch.zeros(context, width))
+        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)], nn.LayerNorm(width), nn.Linear(width, vocabulary))
+
+    def forward(self, tokens): return self.blocks(self.token(tokens) + self.place)
+
+
+def flat_entropy(output, target): return F.cross_entropy(output.flatten(0, 1), target.flatten())

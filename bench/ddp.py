@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from _gpt import Block
+from _gpt import GPT, flat_entropy
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -36,19 +36,7 @@ from arc_nb.engine.strategies import check_strategy, place
 CONTEXT, GOAL = 128, 1.05
 
 
-class GPT(nn.Module):
-    def __init__(self, vocabulary=65, width=128, layers=4, heads=4):
-        super().__init__()
-        self.token, self.place = nn.Embedding(vocabulary, width), nn.Parameter(torch.zeros(CONTEXT, width))
-        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)], nn.LayerNorm(width), nn.Linear(width, vocabulary))
-
-    def forward(self, tokens): return self.blocks(self.token(tokens) + self.place)
-
-
 def mlp(): return nn.Sequential(nn.Linear(20, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 1))
-
-
-def flat_entropy(output, target): return F.cross_entropy(output.flatten(0, 1), target.flatten())
 
 
 def settings(smoke):

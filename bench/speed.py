@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _gpt import Block
+from _gpt import GPT, flat_entropy
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -28,19 +28,7 @@ torch.set_num_threads(1)
 board_room.place = lambda: "kernel"  # the live board is drawn and serialised as in a notebook, though nobody looks
 
 
-class GPT(nn.Module):
-    def __init__(self, vocabulary=65, width=128, layers=4, heads=4, context=128):
-        super().__init__()
-        self.token, self.place = nn.Embedding(vocabulary, width), nn.Parameter(torch.zeros(context, width))
-        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)], nn.LayerNorm(width), nn.Linear(width, vocabulary))
-
-    def forward(self, tokens): return self.blocks(self.token(tokens) + self.place)
-
-
 def mlp(): return nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1))
-
-
-def flat_entropy(output, target): return F.cross_entropy(output.flatten(0, 1), target.flatten())
 
 
 def settings(smoke):

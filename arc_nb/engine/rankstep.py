@@ -11,7 +11,7 @@ __all__ = ['UNUSED', 'FIXED', 'Seen', 'Sums', 'Own', 'HeardByRanks', 'local_grad
 # %% ../../nbs/engine/16d_rankstep.ipynb #325f7474
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from .batches import Batch
 from .memory import mean_over_rows
 from .ranks import Ranks
 from .step import Computation, Heard, Outcome, Step, clip, gradients, norm_of, prefer
-from .strategies import Placed
+from .strategies import Placed, check_divided
 
 # %% ../../nbs/engine/16d_rankstep.ipynb #08e9ab96
 class Sums:
@@ -121,11 +121,7 @@ def check_ranks(
     placed: Placed,
 ) -> None:
     """ValueError for what divided weights cannot have."""
-    if not placed.sharded: return
-    if compute.precision.scaler:
-        raise ValueError("precision='fp16' scales the loss, which divided weights cannot follow: use bf16, or strategy='ddp' or 'zero1'")
-    if compute.penalty is not None:
-        raise ValueError("l1= and l2= need whole weights: use the optimizer's weight_decay, or strategy='ddp' or 'zero1'")
+    if placed.sharded: check_divided(compute)
 
 # %% ../../nbs/engine/16d_rankstep.ipynb #8cc0fa5c
 FIXED = ("requires_grad has changed, and divided weights were laid out for the parameters that were trained before: freeze or unfreeze "
@@ -144,10 +140,7 @@ class Together(Step):
         self.placed, self.ranks, self.whole = placed, placed.ranks, not placed.sharded
         self.flags = self.flags and self.whole and not placed.zero1  # other optimizers cannot skip on the device
         self.sums = Sums(placed.ranks, self.precision.device)
-        self.asking: Callable[[], bool] = bool  # whether this rank has a request for all; called once a step
-        self.asked = False  # whether one of the ranks had one
         self.busy = [0.0] * self.ranks.world  # seconds of each rank before its loss was there
-        self.waited = 0.0  # seconds to add to this rank's next: the wait for its batches
         self.reference: Any = None  # counts are divided by it, so that the loss keeps its size; the same on all ranks
         self.names: list[str] | None = None  # of the numbers that a custom step gives beside the loss
         self.own: Own | None = None  # measures this rank's gradient, once somebody has asked

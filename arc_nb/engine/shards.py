@@ -24,14 +24,16 @@ from .telling import warn
 from .tensors import flatten
 
 # %% ../../nbs/engine/16b_shards.ipynb #a098f321
+FEW = 2  # rows, without which batch normalisation cannot train
+
 def bounds(
     rows: int,   # of a batch
     rank: int,
     world: int,  # shares
-    least: int = 1,  # rows of a share, where there are so many: fewer ranks share the rows then
+    usual: int = 0,  # rows of a batch that is not the last; of a shorter one fewer ranks share the rows, some to each
 ) -> tuple[int, int]:
     "Where the share of a rank begins and ends: of equal size, or one more for the first."
-    sharing = min(world, max(1, rows // least))
+    sharing = min(world, max(1, rows // (FEW if rows < usual else 1)))
     if rank >= sharing: return rows, rows
     size, more = divmod(rows, sharing)
     start = rank * size + min(rank, more)
@@ -41,13 +43,11 @@ def bounds(
 def own(
     batch: Batch,  # whole
     ranks: Ranks,
-    least: int = 1,  # as `bounds` takes it
+    usual: int = 0,  # as `bounds` takes it
 ) -> Batch:
     "The share of a rank; a few rows with `rows=0` where it has none."
-    start, stop = bounds(batch.rows, ranks.data_rank, ranks.data_world, least)
+    start, stop = bounds(batch.rows, ranks.data_rank, ranks.data_world, usual)
     return piece(batch, start, stop) if stop > start else company(piece(batch, 0, min(FEW, batch.rows)))
-
-FEW = 2  # rows, without which batch normalisation cannot train
 def company(
     batch: Batch,  # of others' rows
 ) -> Batch:
@@ -90,7 +90,7 @@ class TensorShare:
 
     def _last(self, rows: Tensor) -> Batch:
         "Of a batch that is smaller than the others."
-        start, stop = bounds(len(rows), self.ranks.data_rank, self.ranks.data_world, FEW if len(rows) < self.whole.batch_size else 1)
+        start, stop = bounds(len(rows), self.ranks.data_rank, self.ranks.data_world, self.whole.batch_size)
         [batch] = self._cut(rows[start:stop] if stop > start else rows[:FEW], len(rows))
         return batch if stop > start else company(batch)
 
@@ -113,7 +113,7 @@ class DatasetShare(DatasetReader):
 
     def bounds(self, rows: int) -> tuple[int, int]:
         "Where our share of a batch of so many rows begins and ends."
-        return bounds(rows, self.ranks.data_rank, self.ranks.data_world, FEW if rows < self.batch_size else 1)
+        return bounds(rows, self.ranks.data_rank, self.ranks.data_world, self.batch_size)
 
     def idle(self, rows: int) -> bool:
         "Whether a batch of so many rows has none for this rank."
@@ -155,7 +155,7 @@ class LoaderShare(LoaderBatches):
         for at, batch in enumerate(batches):
             if not at: self._compare(batch)
             usual = max(usual, batch.rows)
-            yield own(batch, self.ranks, FEW if batch.rows < usual else 1)
+            yield own(batch, self.ranks, usual)
 
     def _compare(self, batch: Batch) -> None:
         "ValueError unless all ranks have read the same."

@@ -6,8 +6,8 @@ Docs: https://arc-nb.github.io/arc_nb/engine/strategies.html.md"""
 
 # %% auto #0
 __all__ = ['WHOLE', 'DIVIDED', 'STRATEGIES', 'DTYPES', 'OPTIONS', 'Strategy', 'check_strategy', 'divide', 'Placed', 'reshard',
-           'place', 'check_place', 'warn_about', 'send', 'alone', 'replicated', 'wrap', 'zero1', 'divided', 'policies',
-           'unsynced', 'check_whole', 'own', 'reduced']
+           'place', 'check_place', 'check_divided', 'warn_about', 'send', 'alone', 'replicated', 'wrap', 'zero1',
+           'divided', 'policies', 'unsynced', 'check_whole', 'own', 'reduced']
 
 # %% ../../nbs/engine/16c_strategies.ipynb #b954936b
 import inspect
@@ -146,7 +146,7 @@ def place(
     trial: Callable[[], Tensor] | None = None,  # gives the loss of a batch: tells whether all parameters get gradients
 ) -> Placed:
     """Puts model and optimizer in place, with rank 0's weights everywhere. ValueError for what the ranks cannot do together."""
-    check_place(optimizer, ranks, compile)
+    if ranks.many: check_place(optimizer, compile)
     if ranks.many: warn_about(strategy, model, ranks); send(model)
     blocks = checkpoint_blocks(model, strategy.options.get("units")) if strategy.options.get("checkpoint_activations") else []
     if compile:
@@ -157,12 +157,20 @@ def place(
     return found
 
 # %% ../../nbs/engine/16c_strategies.ipynb #5a643bd4
-def check_place(optimizer: torch.optim.Optimizer, ranks: Ranks, compile: bool | str) -> None:
+def check_place(optimizer: torch.optim.Optimizer, compile: bool | str) -> None:
     """ValueError for what works in one process only."""
-    if not ranks.many: return
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("lbfgs asks for the loss as often as it likes, which several processes cannot follow: take another optimizer")
     if compile == "step": raise ValueError('compile="step" makes one graph of one process: compile=True compiles the model on every rank')
+
+def check_divided(
+    compute: Any,  # a Computation
+) -> None:
+    """ValueError for what divided weights cannot have."""
+    if compute.precision.scaler:
+        raise ValueError("precision='fp16' scales the loss, which divided weights cannot follow: use bf16, or strategy='ddp' or 'zero1'")
+    if compute.penalty is not None:
+        raise ValueError("l1= and l2= need whole weights: use the optimizer's weight_decay, or strategy='ddp' or 'zero1'")
 
 def warn_about(strategy: Strategy, model: nn.Module, ranks: Ranks) -> None:
     """Says what will be otherwise than in one process."""
