@@ -206,7 +206,7 @@ def plain_frame(
 ) -> "pd.DataFrame":
     """The frame with texts for column names and without its index; ValueError for names that DuckDB can't tell apart."""
     import pandas as pd
-    if not isinstance(frame, pd.DataFrame): raise TypeError(f"{type(frame).__name__} is no pandas DataFrame: make one with pandas.DataFrame(...)")
+    if not isinstance(frame, pd.DataFrame): raise TypeError(f"{type(frame).__name__} is no pandas DataFrame: take pandas.DataFrame(...)")
     names = [str(n) for n in frame.columns]
     seen: dict[str, str] = {}
     for n in names:
