@@ -28,6 +28,15 @@ class Marked:
     lines: dict[Path_, int] = field(default_factory=dict, repr=False)  # the line of each key and of each item of a list, from 1
     name: str = ""  # the file, "" for a text
 
+    def has(self, path: Path_) -> bool:
+        "Whether the file has something at a place."
+        value = self.value
+        for key in path:
+            inside = key in value if isinstance(value, dict) else isinstance(value, list) and isinstance(key, int) and key < len(value)
+            if not inside: return False
+            value = value[key]
+        return True
+
     def line(self, path: Path_) -> int:
         "The line of a place, or of the nearest thing around it."
         return next((self.lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.lines), 1)
@@ -207,7 +216,7 @@ def real(loc: Path_, marked: Marked, root: Path_ = ()) -> Path_:
     found: Path_ = ()
     for n, key in enumerate(loc):
         last = n == len(loc) - 1 and isinstance(key, str) and key.isidentifier()
-        if (*root, *found, key) in marked.lines or last: found = (*found, key)
+        if marked.has((*root, *found, key)) or last: found = (*found, key)
     return found
 
 def _sentence(fault: Any, marked: Marked, model: Any, path: Path_) -> str:
@@ -219,6 +228,7 @@ def _sentence(fault: Any, marked: Marked, model: Any, path: Path_) -> str:
         near = get_close_matches(str(path[-1]) if path else "", known, n=1, cutoff=0.5)
         hint = f": did you mean {near[0]!r}?" if near else f": known are {', '.join(known[:40])}" if known else ""
         return _SAID[kind] + hint
+    if kind == "too_short": return f"needs at least {fault['ctx']['min_length']} of them, but has {fault['ctx']['actual_length']}"
     said = fault["msg"].removeprefix("Value error, ").replace("Input should", "should")
     return said if kind == "value_error" else f"{said}, not {shorten(repr(given))}"
 
@@ -249,7 +259,7 @@ _Dumper.add_representer(float, lambda dumper, x: dumper.represent_scalar(_TAG + 
 def _float(x: float) -> str:
     "The shortest text that both YAMLs read back as this float."
     if x != x or x in (float("inf"), float("-inf")): return ".nan" if x != x else ".inf" if x > 0 else "-.inf"
-    text = repr(x)
+    text = re.sub(r"e([-+])0(\d)$", r"e\1\2", repr(x))
     return text.replace("e", ".0e", 1) if "e" in text and "." not in text else text
 
 def write_yaml(value: Any) -> str:
