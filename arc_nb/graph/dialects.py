@@ -126,7 +126,8 @@ def _reference(draft: Moved, marked: Marked, there: Path_) -> None:
     given = at(marked, there)
     if "name" not in draft.value: return draft.put(("name",), marked, there)
     name = draft.value["name"]
-    if given != name: draft.notes.append(f"{marked.place(there)} is {shorten(given)!r}, the graph's name {shorten(name)!r}: taken as they are")
+    if given == name: return
+    draft.notes.append(f"{marked.place(there)} is {shorten(given)!r}, the graph's name {shorten(name)!r}: taken as they are")
 
 def _processes(draft: Moved, marked: Marked, path: Path_, key: str) -> None:
     "`distributed` and `world_size` say how many processes; `backend` follows from the device, which is noted."
@@ -147,7 +148,7 @@ def _node(node: Any, sizes: dict[str, Any]) -> None:
         if isinstance(params.get("module"), str): params["module"] = params["module"].removeprefix("modules.").removeprefix("module.")
     for key, value in params.items():
         if isinstance(value, str) and value.startswith("vars."):
-            if value[5:] not in sizes: raise KeyError(value, key)
+            if value[5:] not in sizes: raise KeyError(value, key)  # told with its place below
             params[key] = sizes[value[5:]]
 
 def _sizes(draft: Moved) -> dict[str, Any]:
