@@ -43,8 +43,8 @@ def detach(
     """Starts Python that nobody owns, in this folder and environment: its number, and when it began. OSError where it cannot start."""
     program = BEGIN.format(log=str(log), path=[str(Path(p or ".").resolve()) for p in sys.path]) + script
     environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # a kernel's, for its own cells
-    done = subprocess.run([os.fsdecode(get_executable() or sys.executable), "-c", program], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, env=environment, bufsize=0, check=False, text=True)
+    command = [os.fsdecode(get_executable() or sys.executable), "-c", program]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=environment, text=True)
     if not done.stdout.strip(): raise OSError(f"no process could be started: {done.stderr.strip()[-400:]}")
     pid = int(done.stdout)
     return pid, birth(pid) or ""
@@ -63,10 +63,10 @@ def enter(
     store: Store,
     kind: str,        # such as "train_model"
     name: str,        # of what it makes
+    id: str = "",     # chosen before; "": a new one
     digest: str = "",  # of the work that lies in its folder
     slots: int = 2,   # how many jobs may run at once, for this one to begin
     grace: float = 30.0,  # seconds from a cancel to the first signal
-    id: str = "",     # chosen before; "": a new one
     start: str = "",  # Python instead of a job's
 ) -> str:
     """Adds a job to those that wait, and returns its id."""
