@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 # %% ../nbs/38_settings.ipynb #ee247d6e
-DEFAULTS = {"theme": "auto", "board_rate": "4", "device": "auto", "precision": "auto"}
+DEFAULTS = {"theme": "auto", "board_rate": "4", "device": "auto", "precision": "auto", "home": "~/.arc", "tensorboard_port": "6006"}
 ALLOWED = {"theme": ("auto", "light", "dark"), "precision": ("auto", "fp32", "bf16", "fp16")}
 
 def find_file(
@@ -30,7 +30,7 @@ def find_file(
 def settings(
     folder: str | Path = ".",  # where to look for the file
 ) -> dict[str, str]:
-    """theme, board_rate (a second), device and precision; ValueError for a key or value that is not known."""
+    """theme, board_rate (a second), device, precision, home and tensorboard_port; ValueError for a key or value that is not known."""
     path, found = find_file(folder), dict(DEFAULTS)
     if path:
         parser = configparser.ConfigParser()
@@ -49,5 +49,9 @@ def check(
         if value not in ALLOWED.get(key, (value,)): raise ValueError(f"the setting {key}={value!r} is none of {', '.join(ALLOWED[key])}")
     try: rate = float(found["board_rate"])
     except ValueError: rate = 0.0
-    if 0 < rate <= 30: return found
-    raise ValueError(f"the setting board_rate={found['board_rate']!r} is a number of times a second, above 0 and at most 30")
+    if not 0 < rate <= 30:
+        raise ValueError(f"the setting board_rate={found['board_rate']!r} is a number of times a second, above 0 and at most 30")
+    port = found["tensorboard_port"]
+    if not (port.isdecimal() and 0 < int(port) < 65536): raise ValueError(f"the setting tensorboard_port={port!r} is a port, such as 6006")
+    if not found["home"].strip(): raise ValueError("the setting home is empty: it is a folder, such as ~/.arc")
+    return found
