@@ -49,7 +49,8 @@ def _share_of_classes(grouped: str) -> str:
 # %% ../../nbs/tables/50d_association.ipynb #9042497e
 LINE = "SELECT corr(x, y) ** 2 FROM pair WHERE x IS NOT NULL"
 RUNS = ("WITH s AS (SELECT x, y, lag(y) OVER (ORDER BY x, y) AS before FROM pair) "
-        "SELECT CASE WHEN count(*) FILTER (y IS DISTINCT FROM before) = count(DISTINCT y) AND count(x) = count(*) AND NOT EXISTS (SELECT 1 FROM pair GROUP BY x HAVING count(DISTINCT y) > 1) "
+        "SELECT CASE WHEN count(*) FILTER (y IS DISTINCT FROM before) = count(DISTINCT y) AND count(x) = count(*) "
+        "AND NOT EXISTS (SELECT 1 FROM pair GROUP BY x HAVING count(DISTINCT y) > 1) "
         "THEN 1 ELSE 0 END FROM s")
 
 
