@@ -71,10 +71,11 @@ def _counts(matrix: Matrix, area: Box, side: float) -> str:
     for i, j in np.ndindex(*matrix.counts.shape):
         count = int(matrix.counts[i, j])
         text = f"{count:,}" if count < 100_000 else f"{count:.2g}"
-        if side < max(15, 7 * len(text) + 4): continue
+        size = 11.5 if side >= max(15, 7 * len(text) + 4) else 10
+        if side < max(13, 6 * len(text) + 2): continue
         ink = "bg" if shares[i, j] > .5 else "fg" if count else "faint"
         bold = 600 if i == j and count else None
-        out.append(words(area.left + side * j + middle, area.top + side * i + middle + 4, text, ink, 11.5, "middle", bold))
+        out.append(words(area.left + side * j + middle, area.top + side * i + middle + 4, text, ink, size, "middle", bold))
     return "".join(out)
 
 def _labels(names: Sequence[str], area: Box, side: float, box: Box) -> str:
@@ -148,7 +149,7 @@ class Cloud:
         area = Box(box.left + 12 + 6.3 * max([len(tick(v, at)) for v in at], default=1), box.top + 44, box.right - 6, box.bottom - 36)
         x, y = Axis(a, b, area.left, area.right), Axis(c, d, area.bottom, area.top)
         ends = {"same": ((a, b), (c, d)), "zero": ((a, b), (0, 0))}.get(self.line)
-        out = [heading(self.title, self.note, box), words(box.left, box.top + 30, self.y_label, size=10.5), grid(x, y, area),
+        out = [heading(self.title, self.note, box), words(box.left, box.top + 30, self.y_label, size=10.5), grid(x, y, area, across=55),
                words((area.left + area.right) / 2, area.bottom + 32, self.x_label, size=10.5, anchor="middle")]
         out.append(_spots(self, x, y, area))
         if ends:

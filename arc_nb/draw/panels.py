@@ -10,7 +10,7 @@ __all__ = ['HIGH', 'PITCH', 'MOST', 'Panel', 'heading', 'keys', 'Curves', 'marke
 
 # %% ../../nbs/draw/24_panels.ipynb #727d7588
 from dataclasses import dataclass, field
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 import math
 import numpy as np
@@ -41,9 +41,9 @@ def keys(lines: Sequence[Line],  # those with a name are listed
          ) -> tuple[str, float]:
     "Below the heading: what goes up, and the names of the lines in as many rows as they need. Then, in pixels, where the plot may begin."
     rows: list[list[Line]] = [[]]
-    free = box.width - 6. * len(y_label) - 14
+    free = box.width - 5.6 * len(y_label) - 10
     for line in (l for l in lines if l.name and l.role != "raw"):
-        wide = 34 + 6.4 * min(26, len(line.name))
+        wide = 34 + 6. * min(26, len(line.name))
         if wide > free and (rows[-1] or y_label): rows, free = [*rows, []], box.width
         rows[-1].append(line)
         free -= wide
@@ -82,7 +82,7 @@ class Curves:
         x, y, area = self.axes(box, top)
         under = words((area.left + area.right) / 2, area.bottom + 32, self.x_label, size=10.5, anchor="middle") if self.x_label else ""
         pens = "".join(draw(l, x, y) for l in sorted(self.lines, key=lambda l: l.role != "ghost"))
-        return heading(self.title, self.note, box) + names + grid(x, y, area) + under + pens + marked(self.marks, x, y)
+        return heading(self.title, self.note, box) + names + grid(x, y, area, across=55) + under + pens + marked(self.marks, x, y)
 
 def marked(marks: Sequence[tuple[float, float, str]],  # x, y, word
            x: Axis,
@@ -91,7 +91,8 @@ def marked(marks: Sequence[tuple[float, float, str]],  # x, y, word
     "A ring with a word at each point, the word on the side that has room."
     out = []
     for a, b, text in marks:
-        px, py, left = float(x(np.array(a))), float(y(np.array(b))), (a - x.lo) > .55 * (x.hi - x.lo)
+        px, py = float(x(np.array(a))), float(y(np.array(b)))
+        left = px + 8 + 5.6 * len(text) > x.end
         down = 15 if (b - y.lo) > .2 * (y.hi - y.lo) else -9
         halo = {"stroke": "@bg", "stroke_width": 3.5, "paint_order": "stroke", "stroke_linejoin": "round"}  # lines stop short of the word
         out += [tag("circle", cx=px, cy=py, r=4, fill="@bg", stroke="@fg", stroke_width=1.8),
@@ -161,7 +162,7 @@ class Dots:
     "Several numbers a name, drawn as dots on a line."
     title: str
     names: Sequence[str]
-    values: dict[str, Sequence[float] | np.ndarray]  # name of the dots: a number a name; NaN is left out
+    values: Mapping[str, Sequence[float] | np.ndarray]  # name of the dots: a number a name; NaN is left out
     note: str = ""
     range: tuple[float, float] = (0., 1.)
     last: Sequence[str] = ()  # at the end of each row, such as its number of rows
@@ -195,7 +196,7 @@ class Steps:
     "Counts, or shares, in bins: an outline a group."
     title: str
     edges: Sequence[float] | np.ndarray  # (bins + 1,) ascending
-    counts: dict[str, Sequence[float] | np.ndarray]  # group: (bins,); one without a name is drawn alone
+    counts: Mapping[str, Sequence[float] | np.ndarray]  # group: (bins,); one without a name is drawn alone
     note: str = ""
     x_label: str = ""
     y_label: str = ""

@@ -247,9 +247,10 @@ def grid(x: Axis,         # the horizontal axis
          y: Axis,         # the vertical axis
          box: Box,        # the plot's area
          x_label: str = "",  # unit of x, left of its numbers
+         across: float = 80,  # pixels a number of the horizontal axis
          ) -> str:
     "Grid lines with their numbers."
-    at_y, at_x = y.ticks(5), x.ticks(max(2, int(box.width // 80)))
+    at_y, at_x = y.ticks(5), x.ticks(max(2, int(box.width // across)))
     rows = [tag("line", x1=box.left, x2=box.right, y1=float(p), y2=float(p), stroke="@line")
             + words(box.left - 8, p + 3.8, tick(v, at_y), anchor="end") for v, p in zip(at_y, y(at_y))]
     columns = [words(p, box.bottom + 18, tick(v, at_x), anchor="middle") for v, p in zip(at_x, x(at_x))]
