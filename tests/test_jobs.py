@@ -1,6 +1,7 @@
 """Jobs outlive those who began them, and are found out when they are gone: real processes, killed at real moments."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from arc_nb.engine.alive import birth
 from arc_nb.ops.jobs import Jobs
 from arc_nb.ops.queue import there
+from arc_nb.ops.registry import Models
 from arc_nb.ops.store import Store, move
 
 PATIENCE = 240  # seconds until a test gives up; none of them measures time
@@ -311,3 +313,68 @@ def test_a_table_of_a_later_version_is_refused(tmp_path):
     with pytest.raises(ValueError, match="later version"): Jobs(tmp_path)
     (tmp_path / "odd").mkdir(); (tmp_path / "odd/arc.sqlite").write_bytes(b"no database " * 100)
     with pytest.raises(ValueError, match="cannot be used"): Jobs(tmp_path / "odd")
+
+
+DRAFT = """
+import sys, time
+from arc_nb.ops.registry import Models
+draft = Models(sys.argv[1]).begin("m")
+(draft.folder / "model.pt").write_text(draft.id)
+if sys.argv[2] == "moved": draft.models.record = lambda *_: time.sleep(600)
+print(draft.version, flush=True)
+if sys.argv[2] != "kept": draft.publish({"x": 1})
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("moment", ["kept", "moved"])
+def test_a_version_whose_author_was_killed(moment, tmp_path):
+    "In the middle of its writing it is removed; after its move it is a version, whatever the table says."
+    writer = subprocess.Popen([sys.executable, "-c", DRAFT, str(tmp_path), moment], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout.readline() == "1\n"
+    models = Models(tmp_path)
+    place = models.folder / "m" / ("v1" if moment == "moved" else ".draft-v1")
+    until(place.is_dir)
+    writer.kill(); writer.communicate()
+    assert models.versions("m") == ([1] if moment == "moved" else [])
+    with models.begin("m") as draft:
+        assert draft.version == 2 and not (models.folder / "m/.draft-v1").exists()
+        (draft.folder / "model.pt").write_text("two"); draft.publish()
+    assert models.versions("m")[-1] == 2 and (models.folder / "m/model.pt").read_text() == "two"
+
+
+def test_many_trainings_of_one_model_get_many_numbers(tmp_path):
+    script = ("import sys; from arc_nb.ops.registry import Models\n"
+              "for _ in range(5):\n    with Models(sys.argv[1]).begin('m') as draft:\n"
+              "        (draft.folder / 'model.pt').write_text(draft.id); draft.publish()")
+    some = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)]) for _ in range(6)]
+    assert not any(one.wait() for one in some)
+    models = Models(tmp_path)
+    assert models.versions("m") == list(range(1, 31)) and len(models.frame()) == 30
+    assert (models.folder / "m/model.pt").read_text() == "m-v30" == json.loads((models.folder / "m/metadata.json").read_text())["id"]
+    assert sorted(p.name for p in (models.folder / "m").iterdir() if not p.is_dir()) == ["metadata.json", "model.pt"]
+    assert all((models.find(f"m-v{k}") / "model.pt").read_text() == f"m-v{k}" for k in (1, 17, 30))
+
+
+def test_a_name_cannot_leave_its_folder(tmp_path):
+    models = Models(tmp_path / "home")
+    bad = ["../x", "..", "/tmp/x", "a/../../x", "a\\..\\b", ".", ".x", "x/", "x\n", "x\0y", " x", "~root", "-x", "x-v1", "", "ü", "x" * 70]
+    for name in bad:
+        for method in (models.begin, models.find, models.versions, models.newest):
+            with pytest.raises(ValueError, match="model name|no version|no model"): method(name)
+    assert not list(tmp_path.rglob("*x*")) and not models.folder.exists()
+
+
+def test_models_copied_from_elsewhere_are_found_and_not_overwritten(tmp_path):
+    with (there := Models(tmp_path / "there")).begin("m") as draft: (draft.folder / "model.pt").write_text("old"); draft.publish()
+    here = Models(tmp_path / "here")
+    shutil.copytree(there.folder, here.folder)
+    assert here.find("m").name == "v1" and here.names() == ["m"]
+    with here.begin("m") as draft: assert draft.version == 2; draft.publish()
+    assert not (here.folder / "m/model.pt").exists()  # the newest has none
+
+
+def test_lists_need_no_torch(call, tmp_path):
+    said = call(sys.executable, "-c", f"import sys; from arc_nb.ops.jobs import Jobs; from arc_nb.ops.registry import Models\n"
+                f"Jobs({str(tmp_path)!r}).frame(); Models({str(tmp_path)!r}).frame(); print('torch' in sys.modules)")
+    assert said.strip() == "False"
