@@ -211,7 +211,8 @@ def whole(marked: Marked, what: str) -> None:
 
 def _trainer(draft: Moved, marked: Marked, there: Path_) -> None:
     "The training part of a file; a second one is refused."
-    if "trainer" in draft.value: raise ValueError(f"{marked.place(there)}: the training is described twice, also at {draft.place(T)}: keep one")
+    if "trainer" in draft.value:
+        raise ValueError(f"{marked.place(there)}: the training is described twice, also at {draft.place(T)}: keep one")
     if at(marked, there) is None: return
     _training(draft, marked, there)
     draft.origin.setdefault(T, (marked, there))
