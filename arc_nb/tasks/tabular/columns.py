@@ -68,10 +68,10 @@ def learn_number(name: str, prepared: Prepared, values: "pd.Series", scale: str,
     known = found[~np.isnan(found)]
     if missing == "error": refuse(name, values, np.isnan(found), "is missing, and missing: error allows none")
     if not len(known): return {"fill": 0.0, "shift": 0.0, "scale": 1.0}
-    fill = {"median": np.median, "mean": np.mean}.get(missing, lambda _: 0.0)(known)
+    fill = float(np.median(known) if missing == "median" else known.mean() if missing == "mean" else 0.0)
     filled = np.where(np.isnan(found), fill, found)
     shift, width = SCALES[scale](filled)
-    facts = {"fill": float(fill), "shift": float(shift), "scale": float(width) if width > 1e-12 * max(1.0, abs(shift)) else 1.0}
+    facts = {"fill": fill, "shift": float(shift), "scale": float(width) if width > 1e-12 * max(1.0, abs(shift)) else 1.0}
     return facts | ({"missing": "error"} if missing == "error" else {})
 
 SCALES: dict[str, Callable[[np.ndarray], tuple[Any, Any]]] = {
@@ -143,7 +143,7 @@ def two(
 def learn_boolean(name: str, prepared: Prepared, values: "pd.Series", scale: str, missing: str) -> dict[str, Any]:
     """Which word is 0, which is 1, and which is more frequent."""
     kinds = frequent(values, 3)
-    if len(kinds) > 2: raise ValueError(f"column {name!r} is said to be boolean, and has more than two values: {', '.join(map(repr, kinds))}")
+    if len(kinds) > 2: raise ValueError(f"column {name!r} is said to be boolean, and has other values than two: {', '.join(kinds)}, ...")
     if missing == "error": refuse(name, values, values.isna().to_numpy(), "is missing, and missing: error allows none")
     words = two(kinds)
     ones = places(values, {words[1]: 1, words[0]: 0}, -1)
@@ -160,7 +160,8 @@ def encode_boolean(column: Column, values: "pd.Series", start: int) -> np.ndarra
 
 def learn_category(name: str, prepared: Prepared, values: "pd.Series", scale: str, missing: str) -> dict[str, Any]:
     """The categories that have a place."""
-    if prepared.size < 2: raise ValueError(f"column {name!r}: {prepared.kind} of size {prepared.size} has no room: 1 for unknown ones, and 1 a category")
+    if prepared.size < 2:
+        raise ValueError(f"column {name!r}: {prepared.kind} of size {prepared.size} has no room: 1 for unknown ones, and 1 a category")
     return {"categories": frequent(values, prepared.size - 1 - bool(prepared.flag and prepared.kind == "onehot"))}
 
 def encode_category(column: Column, values: "pd.Series", start: int) -> np.ndarray:
@@ -183,8 +184,9 @@ def days(
     """(rows,) float64: days since 1970, in UTC; NaN where missing; ValueError for what is no date."""
     import pandas as pd
     if isinstance(values.dtype, pd.CategoricalDtype): values = values.astype(object)
-    if values.dtype.kind in "biuf": refuse(name, values, values.notna().to_numpy(), "is a number: give dates as dates, or as text like 2024-02-28", start)
-    found = pd.to_datetime(values, errors="coerce", utc=True, **({} if values.dtype.kind == "M" else {"format": "ISO8601"}))
+    if values.dtype.kind in "biuf":
+        refuse(name, values, values.notna().to_numpy(), "is a number: give dates as dates, or as text like 2024-02-28", start)
+    found = pd.to_datetime(values, errors="coerce", utc=True, format=None if values.dtype.kind == "M" else "ISO8601")
     left = (found.isna() & values.notna()).to_numpy()
     if left.any(): found[left] = pd.to_datetime(values[left], errors="coerce", utc=True, format="mixed")
     refuse(name, values, (found.isna() & values.notna()).to_numpy(), "is no date", start)
@@ -192,7 +194,8 @@ def days(
 
 def learn_date(name: str, prepared: Prepared, values: "pd.Series", scale: str, missing: str) -> dict[str, Any]:
     """Middle and width of the time that the dates cover."""
-    if prepared.size - prepared.flag not in (5, 7): raise ValueError(f"column {name!r}: a date has size 5, or 7 with the hour, and not {prepared.size}")
+    if prepared.size - prepared.flag not in (5, 7):
+        raise ValueError(f"column {name!r}: a date has size 5, or 7 with the hour (and 1 more with a flag), and not {prepared.size}")
     found = days(name, values)
     known = found[~np.isnan(found)]
     if missing == "error": refuse(name, values, np.isnan(found), "is missing, and missing: error allows none")
@@ -211,7 +214,8 @@ def encode_date(column: Column, values: "pd.Series", start: int) -> np.ndarray:
 
 def learn_text(name: str, prepared: Prepared, values: "pd.Series", scale: str, missing: str) -> dict[str, Any]:
     """Nothing: hashing knows no table."""
-    if prepared.size - prepared.flag < 2: raise ValueError(f"column {name!r}: a text needs at least two buckets, and has size {prepared.size}")
+    if prepared.size - prepared.flag < 2:
+        raise ValueError(f"column {name!r}: a text needs at least two buckets, and has size {prepared.size}")
     return {}
 
 @lru_cache(8)

@@ -40,7 +40,7 @@ def lines(
     history, status = trainer.history, trainer.status
     of = f"/{status.epochs}" if status.epochs else ""
     names = [name for split, name in history.names() if split == "valid" and history.latest(f"train_{name}") is not None and name != "loss"]
-    if not names: names = [name.removeprefix("train_") for split, name in history.names() if split == "epoch" and name.startswith("train_") and name != "train_loss"]
+    if not names: names = [n[6:] for split, n in history.names() if split == "epoch" and n.startswith("train_") and n != "train_loss"]
     found = [f"Epoch {status.epoch}{of}:"]
     for split, title in (("train", "Train"), ("valid", "Val")):
         values = [(short(name), history.latest(f"{split}_{name}")) for name in ("loss", *names)]

@@ -71,7 +71,8 @@ def loss_module(
     for tensor in ("weight", "pos_weight"):
         if isinstance(params.get(tensor), (int, float, list)): params[tensor] = torch.tensor(params[tensor], dtype=torch.float32)
     if weights is None: return cls(**params)
-    if set(params) & {"weight", "pos_weight"}: raise ValueError(f"{loss.type} has weights of its own, and class_weights gives others: say one of them")
+    if set(params) & {"weight", "pos_weight"}:
+        raise ValueError(f"{loss.type} has weights of its own, and class_weights gives others: say one of them")
     if name in ("CrossEntropyLoss", "NLLLoss", "MultiMarginLoss"): return cls(**params, weight=torch.tensor(weights))
     if name == "BCEWithLogitsLoss": return cls(**params, pos_weight=torch.tensor(weights[1] / weights[0]))
     if name == "BCELoss": return WeighedBCE(weights)
@@ -91,6 +92,7 @@ class Added(nn.Module):
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         return torch.stack([share * loss(output, target) for share, loss in zip(self.weights, self.losses)]).sum()
 
+# %% ../../../nbs/tasks/71_losses.ipynb #6c1a70fb
 def head_loss(
     head: Head,
     weights: Sequence[float] | None = None,  # a class

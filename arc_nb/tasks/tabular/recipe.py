@@ -27,7 +27,6 @@ from ...graph.build import build
 from ...graph.spec import Graph, Training
 from .losses import ALIASES, loss_spec, metric_specs, shaped
 from .rows import Rows
-from .targets import heads_of
 
 # %% ../../../nbs/tasks/71c_recipe.ipynb #bd186636
 if TYPE_CHECKING: from arc_nb.trainer import Trainer
@@ -98,15 +97,16 @@ def listeners_of(
 ) -> list[Callback]:
     """Early stopping and checkpoints, as the graph wants them; ValueError where there is nothing to watch."""
     found: list[Callback] = []
+    mode = training.early_stopping_mode or "auto"
     if training.early_stopping_patience is not None:
         if not valid and monitor.startswith("valid"):
-            raise ValueError(f"early_stopping_patience={training.early_stopping_patience} watches {monitor}, and no rows are for validation: "
-                             "give the split a share for valid, or say early_stopping_monitor: train_loss")
-        found.append(EarlyStopping(monitor, training.early_stopping_patience, training.early_stopping_min_delta, training.early_stopping_mode or "auto"))
+            raise ValueError(f"early_stopping_patience={training.early_stopping_patience} watches {monitor}, and no rows are for "
+                             "validation: give the split a share for valid, or say early_stopping_monitor: train_loss")
+        found.append(EarlyStopping(monitor, training.early_stopping_patience, training.early_stopping_min_delta, mode))
     if run is False: return found
     every = None if training.save_best_only else f"{training.checkpoint_every} epoch{'s' * (training.checkpoint_every > 1)}"
     watches = monitor if valid or not monitor.startswith("valid") else "train_loss"
-    return [*found, Checkpoints(every, monitor=watches, mode=training.early_stopping_mode or "auto")]
+    return [*found, Checkpoints(every, monitor=watches, mode=mode)]
 
 # %% ../../../nbs/tasks/71c_recipe.ipynb #fedc5ca6
 def network(
@@ -171,6 +171,7 @@ def recipe(
     rows = source if isinstance(source, Rows) else Rows.read(graph, source)
     return assembled(graph, rows, run=run, callbacks=callbacks, track=track, board=board, **more)
 
+# %% ../../../nbs/tasks/71c_recipe.ipynb #c96b3a63
 def assembled(
     graph: Graph,
     rows: Rows,
@@ -188,15 +189,12 @@ def assembled(
     parts, named = Parts(rows, tensors, isinstance(like, Mapping)), isinstance(like, Mapping)
     specs = metric_specs(graph, goals, named)
     own = listeners_of(training, "valid" in tensors, monitor_of(training, list(specs)), run)
-    valid = more["valid"] if "valid" in more else parts.data(graph, "valid", like)
-    first = {name: specs[name] for name in first_of(graph, specs)}
-    given = {"train": parts.data(graph, "train", like), "valid": valid, "loss": loss_spec(graph, goals, tensors["train"][1], named),
-             "metrics": specs, "train_metrics": first, **settings, **more, "callbacks": [*own, *callbacks], "run": run}
-    if any(isinstance(c, Checkpoints) for c in callbacks): given["callbacks"] = [c for c in given["callbacks"] if c not in own or not isinstance(c, Checkpoints)]
-    return Trainer(module, **given)
+    if any(isinstance(c, Checkpoints) for c in callbacks): own = [c for c in own if not isinstance(c, Checkpoints)]  # a person's own
+    given = {"train": parts.data(graph, "train", like), "valid": parts.data(graph, "valid", like), "metrics": specs,
+             "loss": loss_spec(graph, goals, tensors["train"][1], named), "train_metrics": {name: specs[name] for name in first_of(specs)}}
+    return Trainer(module, **{**given, **settings, **more, "callbacks": [*own, *callbacks], "run": run})
 
 def first_of(
-    graph: Graph,
     specs: Mapping[str, Any],  # the metrics by name
 ) -> list[str]:
     """The first metric of each output: it is measured on the training batches too."""

@@ -38,7 +38,7 @@ def counted(
         if gone.any(): warn(f"the target {column!r} is missing in {int(gone.sum()):,} of {source.rows:,} rows: they are left out")
         keep &= ~gone
     if told.drop_duplicates: keep &= ~repeated(graph, source)
-    found = np.flatnonzero(keep)
+    found: np.ndarray = np.flatnonzero(keep)
     if told.sample is not None: found = sampled(found, told.sample, told.split.seed)
     if not len(found): raise ValueError(f"none of the {source.rows:,} rows has a target: there is nothing to learn")
     return found
@@ -50,7 +50,7 @@ def repeated(
     """(rows,) bool: whether an earlier row has the same values in all columns that the graph reads."""
     import pandas as pd
     names = [name for columns in columns_of(graph, source.names).values() for name in columns] + [head.column for head in heads_of(graph)]
-    mark = np.zeros(source.rows, np.uint64)
+    mark: np.ndarray = np.zeros(source.rows, np.uint64)
     for k, name in enumerate(dict.fromkeys(names)):
         mark = mark * np.uint64(0x9E3779B97F4A7C15) + pd.util.hash_pandas_object(source.column(name), index=False).to_numpy() + np.uint64(k)
     return pd.Series(mark).duplicated().to_numpy()
@@ -73,7 +73,7 @@ def split_of(
     split = (graph.preprocessing or Preprocessing()).split
     share = graph.trainer.validation_split if graph.trainer else None
     if share is None: return split
-    if split.by == "column": warn(f"validation_split has no effect: the column {split.column!r} says which rows are for validation"); return split
+    if split.by == "column": warn(f"validation_split has no effect: the column {split.column!r} says what is for validation"); return split
     left = 1 - split.test
     return split.model_copy(update={"valid": share * left, "train": (1 - share) * left})
 
@@ -96,7 +96,7 @@ def gather(
     parts: dict[str, np.ndarray],  # positions, ascending
 ) -> dict[str, dict[str, Tensor]]:
     """The inputs of each part; ValueError names column and row of what cannot be used."""
-    found = {part: {} for part in parts}  # type: dict[str, dict[str, Tensor]]
+    found: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
     for name, feed in preparation.feeds.items():
         for part, rows in parts.items(): found[part][name] = torch.empty((len(rows), feed.size), dtype=dtype_of(feed.dtype))
         write(feed, source, parts, {part: found[part][name] for part in parts})
@@ -120,6 +120,7 @@ def write(
                 into[part][first:last, at:at + width] = numbers[rows[first:last] - start]
         at += width
 
+# %% ../../../nbs/tasks/70f_rows.ipynb #a0609e12
 @dataclass(frozen=True)
 class Rows:
     """A table, split and ready to be made into tensors."""
@@ -144,11 +145,11 @@ class Rows:
     ) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
         """(inputs by name, targets by column) of each part that has rows."""
         wanted = {part: self.parts[part] for part in parts if len(self.parts[part])}
-        inputs = gather(self.preparation, self.source, wanted)
-        values = {name: self.source.column(name) for name in self.preparation.goals}
-        goals = {part: {name: to_target(goal, values[name].iloc[rows].reset_index(drop=True), rows) for name, goal in self.preparation.goals.items()}
-                 for part, rows in wanted.items()}
-        return {part: (inputs[part], goals[part]) for part in wanted}
+        inputs, goals = gather(self.preparation, self.source, wanted), self.preparation.goals
+        values = {name: self.source.column(name) for name in goals}
+        def told(rows: np.ndarray) -> dict[str, Tensor]:
+            return {name: to_target(goal, values[name].iloc[rows].reset_index(drop=True), rows) for name, goal in goals.items()}
+        return {part: (inputs[part], told(rows)) for part, rows in wanted.items()}
 
 # %% ../../../nbs/tasks/70f_rows.ipynb #2173c05e
 def save_parts(

@@ -78,7 +78,7 @@ def open_source(
     names = tuple(data.columns)
     odd = [name for name in names if not isinstance(name, str)]
     twice = sorted({name for name in names if names.count(name) > 1}, key=str)
-    if odd: raise ValueError(f"the frame has a column called {odd[0]!r}, which is no text: name its columns, as in frame.rename(columns=str)")
+    if odd: raise ValueError(f"the frame has a column called {odd[0]!r}, which is no text: name its columns, frame.rename(columns=str)")
     if twice: raise ValueError(f"the frame has several columns called {', '.join(twice)}: give each a name of its own")
     if not len(data): raise ValueError("the frame has no rows")
     return Source(names, len(data), frame=data)
@@ -100,6 +100,7 @@ def digest(
     import pandas as pd
     values = source.column(column)
     sha = hashlib.sha256()
-    if values.dtype.kind in "biufM": sha.update(values.to_numpy().astype("datetime64[us]" if values.dtype.kind == "M" else np.float64).tobytes())
+    plain = "datetime64[us]" if values.dtype.kind == "M" else "float64"
+    if values.dtype.kind in "biufM": sha.update(values.to_numpy().astype(plain).tobytes())
     else: sha.update(pd.util.hash_pandas_object(values.astype(object).where(values.notna(), None), index=False).to_numpy().tobytes())
     return sha.hexdigest()

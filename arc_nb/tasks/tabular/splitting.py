@@ -14,6 +14,7 @@ import numpy as np
 
 from ...engine.telling import warn
 from ...graph.spec import Split
+from ...tables.names import unknown
 
 # %% ../../../nbs/tasks/70_splitting.ipynb #0919d645
 if TYPE_CHECKING: import pandas as pd
@@ -76,10 +77,10 @@ def need(
 ) -> "pd.Series":
     """The column that a split goes by; ValueError where there is none, or a row has no value in it."""
     assert split.column  # a Split without one is refused when it is made
-    if split.column not in frame: raise ValueError(f"split: there is no column {split.column!r}; the table has {', '.join(map(str, frame))}")
+    if split.column not in frame: raise unknown(split.column, list(map(str, frame)), "column")
     values = frame[split.column]
     missing = np.flatnonzero(values.isna())
-    if len(missing): raise ValueError(f"split: {len(missing)} rows have no {split.column!r} (row {missing[0]} is the first): fill or drop them")
+    if len(missing): raise ValueError(f"split: {len(missing)} rows have no {split.column!r}, the first is row {missing[0]}: fill it")
     return values
 
 def by_column(
@@ -112,8 +113,8 @@ def by_group(
     sizes, order = np.bincount(codes), np.random.default_rng(split.seed).permutation(len(groups))
     middle = np.empty(len(groups))
     middle[order] = (np.cumsum(sizes[order]) - sizes[order] / 2) / len(frame)  # where the middle of a group lies, from 0 to 1
-    part = np.digitize(middle, [split.test, split.test + split.valid])[codes]
-    return full({"train": np.flatnonzero(part == 2), "valid": np.flatnonzero(part == 1), "test": np.flatnonzero(part == 0)}, split, len(groups))
+    part = np.digitize(middle, [split.train, split.train + split.valid])[codes]
+    return full({name: np.flatnonzero(part == number) for number, name in enumerate(PARTS)}, split, len(groups))
 
 def by_time(
     split: Split,
@@ -122,8 +123,8 @@ def by_time(
     """The earliest rows for training, the latest for the test; rows of one moment stay together."""
     times, sizes = need(frame, split).to_numpy(), counts(split, len(frame))
     order = np.argsort(times, kind="stable")
-    cuts = np.cumsum([sizes["train"], sizes["valid"]])
-    cuts = [int(np.searchsorted(times[order], times[order[min(cut, len(order) - 1)]])) if cut < len(order) else len(order) for cut in cuts]
+    cuts = [int(np.searchsorted(times[order], times[order[min(cut, len(order) - 1)]])) if cut < len(order) else len(order)
+            for cut in (sizes["train"], sizes["train"] + sizes["valid"])]
     found = {part: np.sort(rows) for part, rows in zip(PARTS, np.split(order, cuts))}
     return full(found, split, len(set(times.tolist())))
 

@@ -73,7 +73,7 @@ def output_of(
     if not names: return ""
     readable = [name for name in names if name.startswith("prob") == (loss_name(loss) == "BCELoss")] or names
     if len(readable) == 1 or training is None or len(training.loss) == 1: return readable[0]
-    raise ValueError(f"{loss.type} for {loss.target!r} may read {', '.join(readable)}: say which, with inputs: {{input: .., target: ..}} in the loss")
+    raise ValueError(f"{loss.type} for {loss.target!r} may read {', '.join(readable)}: say which, with inputs: {{input: .., target: ..}}")
 
 def heads_of(
     graph: Graph,
@@ -82,7 +82,7 @@ def heads_of(
     if graph.trainer is None: raise ValueError("the graph has no trainer: add one, with a loss and its target")
     found: dict[str, Head] = {}
     for loss in graph.trainer.loss:
-        if not loss.target: raise ValueError(f"{loss.type} has no target: say which column it is compared with, as in trainer: target: outcome")
+        if not loss.target: raise ValueError(f"{loss.type} has no target: say what it is compared with, as in trainer: target: outcome")
         output = output_of(graph, loss)
         found[output] = joined(found.get(output), Head(output, loss.target, *LOSSES.get(loss_name(loss), ("regression", None)), (loss,)))
     return list(found.values())
@@ -144,7 +144,7 @@ def labels_of(column: str, kind: str, values: "pd.Series") -> tuple[Any, ...]:
     """The classes in order; ValueError where a binary target has not two of them."""
     codes, kinds = keyed(values.dropna())
     names = frequent(values, len(kinds))
-    if len(names) < 2: raise ValueError(f"the target {column!r} has only the value {', '.join(names) or 'of a missing one'}: there is nothing to tell apart")
+    if len(names) < 2: raise ValueError(f"the target {column!r} has {len(names)} value ({', '.join(names)}): nothing is to be told apart")
     if kind == "binary" and len(names) > 2:
         raise ValueError(f"the target {column!r} has {len(names)} values ({', '.join(names[:5])}, ...), and a binary loss tells two: "
                          "take CrossEntropyLoss for classes, or MSELoss for quantities")
