@@ -24,8 +24,9 @@ def main(home: str, id: str) -> None:
     if not wait_for_turn(store, id): return
     for stream in (sys.stdout, sys.stderr): stream.reconfigure(  # type: ignore[union-attr]
         encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    from ..track.server import leased
     from .work import perform
-    perform(store, id)
+    with leased(home): perform(store, id)  # a TensorBoard of this home goes on until the job has ended
     _end()
 
 
