@@ -108,7 +108,8 @@ class Looking(Store):
         import pandas as pd
         with self.open() as connection:
             kinds = known(connection)
-            many = dict(connection.execute("SELECT table_name, count(*) FROM duckdb_columns() WHERE schema_name = 'main' GROUP BY 1").fetchall())
+            counted = "SELECT table_name, count(*) FROM duckdb_columns() WHERE schema_name = 'main' GROUP BY 1"
+            many = dict(connection.execute(counted).fetchall())
             count = lambda name: connection.execute(f"SELECT count(*) FROM {quoted(name)}").fetchall()[0][0]
             rows = [count(name) if kind == "table" else None for name, kind in kinds.items()]
         out = pd.DataFrame({"table": list(kinds), "kind": list(kinds.values()), "rows": rows, "columns": [many[name] for name in kinds]})
@@ -254,6 +255,7 @@ def staged(
         names = list(frame.columns)
         with connected() as connection:
             connection.register("arc_frame", frame)
-            connection.execute(f"COPY (SELECT * FROM arc_frame) TO {literal(folder / f'{i:08d}.parquet')} (FORMAT parquet, COMPRESSION lz4)")
+            path = literal(folder / f"{i:08d}.parquet")
+            connection.execute(f"COPY (SELECT * FROM arc_frame) TO {path} (FORMAT parquet, COMPRESSION lz4)")
     if i < 0: raise ValueError("there is no frame to write: the stream is empty")
     return i + 1
