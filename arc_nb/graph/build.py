@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .catalogue import CLASSES, find_loss
+from .filling import expand
 from .network import LISTS, Network, Step, expanded, take
 from .spec import DTYPES, Graph, Input, Node
 from ..marks import shorten
@@ -173,14 +174,35 @@ HEADS = {  # loss -> the name of what it looks at, the function before it, and w
 
 def complete(
     graph: Graph,
-    classes: int | None = None,  # values of the target, for a loss over classes
+    profile: Any = None,  # a tables.profile.Profile; or the number of classes, for a loss over classes
+    targets: Sequence[str] | None = None,  # columns of the losses, where the graph names none
 ) -> Graph:
-    "The graph with outputs: where it names none, a head for its loss is added; ValueError where the number of classes is needed."
-    if graph.outputs or graph.trainer is None: return graph
+    "The graph made ready for a table: targets, the columns of `...`, and outputs with the head that its loss needs; said in its notes."
+    if graph.trainer is None: return graph
+    if targets and not graph.trainer.targets: graph = _noted(graph.with_target(*targets), f"the target is {', '.join(targets)}")
+    if hasattr(profile, "columns"): graph = _filled(graph, profile)
+    return graph if graph.outputs else _with_head(graph, profile)
+
+def _noted(graph: Graph, text: str) -> Graph:
+    "The graph with one more note."
+    graph._notes = [*graph.notes, text]
+    return graph
+
+def _filled(graph: Graph, profile: Any) -> Graph:
+    "The graph with all its columns named: the table's numbers, and what `preprocessing` makes into some."
+    prepared = graph.preprocessing.columns if graph.preprocessing else {}
+    return expand(graph, [name for name, column in profile.columns.items() if name in prepared or column.kind in ("number", "integer",
+                                                                                                                  "boolean")])
+
+def _with_head(graph: Graph, profile: Any) -> Graph:
+    "The graph with the head for its one loss; ValueError where the number of classes is not known."
+    assert graph.trainer is not None
     if len(graph.trainer.loss) > 1:
         raise ValueError(f"{graph.place(('outputs',))}: {len(graph.trainer.loss)} losses need outputs by name: add `outputs`")
     cls = find_loss(graph.trainer.loss[0].type)
     name, before, beside = HEADS.get(cls.__name__, ("prediction", None, None))
+    target, columns = graph.trainer.loss[0].target, getattr(profile, "columns", {})
+    classes = profile if isinstance(profile, int) else columns[target].distinct if target in columns else None
     if cls in CLASSES and not classes:
         raise ValueError(f"{cls.__name__} needs the number of classes: give the table, or outputs with a layer of that width")
     wide = classes if cls in CLASSES and classes else 1

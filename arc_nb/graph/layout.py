@@ -74,8 +74,9 @@ def _sources(node: Node, known: Mapping[str, str]) -> list[str]:
 def blocks(graph: Graph) -> list[Block]:
     "Inputs, blocks of layers, and outputs, in the order of their connections."
     size, weights = _known(graph)
-    entry = lambda name, item: Block(name, "input", _entry(item), shown(size.get(name, tuple(item.shape))), weights.get(name, 0), nodes=[name])
-    made = {name: entry(name, item) for name, item in graph.inputs.items()}
+    shape = {name: shown(size.get(name, tuple(item.shape))) for name, item in graph.inputs.items()}
+    made = {name: Block(name, "input", _entry(item), shape[name], weights.get(name, 0), nodes=[name]) for name,
+            item in graph.inputs.items()}
     home = {name: name for name in made}
     ends = {ref.split(".")[0] for ref in graph.outputs.values()}
     used = [ref.split(".")[0] for node in graph.graph for _, ref in refs(node.inputs)]
@@ -123,7 +124,7 @@ def folded(found: Sequence[Block]) -> list[Block]:
     leads: dict[str, list[str]] = {block.name: [] for block in found}
     for block in found:
         for name in block.sources: leads[name].append(block.name)
-    says = lambda b: (b.kind, b.text, tuple(b.chips), b.name if b.kind in ("input", "output") else "")
+    says: Any = lambda b: (b.kind, b.text, tuple(b.chips), b.name if b.kind in ("input", "output") else "")
     up: dict[str, Any] = {}
     down: dict[str, Any] = {}
     for b in found: up[b.name] = hash((says(b), tuple(sorted(up.get(s, 0) for s in b.sources))))
@@ -239,9 +240,9 @@ def layout(
     "Every block with its place, and every line."
     found = folded(blocks(graph))
     rows = _layers(found)
-    crowd = max(sum(b.kind != "lane" for b in row) for row in rows)
     for row in rows:
-        for block in row: block.width, block.height = card_size(block, max(128.0, min(310.0, (most - 48) / crowd - GAP)))
+        crowd = max(1, sum(b.kind != "lane" for b in row))
+        for block in row: block.width, block.height = card_size(block, max(150.0, min(310.0, (most - 48) / crowd - GAP)))
     _order(rows)
     _settle(rows)
     least = min(b.x - b.width / 2 for row in rows for b in row)
