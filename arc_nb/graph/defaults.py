@@ -120,7 +120,8 @@ def decide_output(
     if act == "softmax" and only == "binary": loss = "CrossEntropyLoss"
     form = "sigmoid" if loss == "BCELoss" else "softmax" if loss == "CrossEntropyLoss" and only == "binary" else "" if not only else STANDARD[only][1]
     if loss: losses = {name: loss if _suits(loss, {name: kind}, kind) else own for (name, kind), own in zip(kinds.items(), losses.values())}
-    shown = list(losses.values())
+    shown, weights = list(losses.values()), {s.value[0]: s for s in choices.reading.values("weight")}
+    if weights and len(kinds) > 1: choices.put("loss_weights", [weights[n].value[1] if n in weights else 1.0 for n in kinds], "words", f"“{next(iter(weights.values())).words}”")
     because = (said or output)[1] if (said or output) else "the usual loss of the task"  # type: ignore[index]
     choices.put("loss", shown[0] if len(shown) == 1 else shown, "words" if loss else "default", because if loss else "the usual loss of the task")
     choices.put("output", form or "one each", "words" if output or loss == "BCELoss" else "default", because if output or loss == "BCELoss" else "what the loss takes")

@@ -6,7 +6,7 @@ Docs: https://arc-nb.github.io/arc_nb/graph/phrases.html.md"""
 
 # %% auto #0
 __all__ = ['NOTHING', 'SEP', 'VALUE', 'INT', 'LEARNING_RATE', 'STOPPING', 'OPTIMIZERS', 'STEPS', 'LOSSES', 'SCORES', 'HARDWARE',
-           'Said', 'Rule', 'clause', 'mood', 'follow', 'follow_all', 'Either', 'valued', 'setting']
+           'Said', 'Either', 'Rule', 'clause', 'mood', 'follow', 'follow_all', 'valued', 'setting']
 
 # %% ../../nbs/graph/62a_phrases.ipynb #25b3c7dd
 import re
@@ -26,6 +26,11 @@ class Said:
     words: str   # as typed
     start: int   # where they begin
     end: int
+
+@dataclass(frozen=True)
+class Either:
+    """Several values for one setting: a question."""
+    values: tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Rule:
@@ -56,7 +61,6 @@ def mood(
     text: Text,
     start: int,
     end: int,
-    denied: list[tuple[int, int]],  # what was denied before
 ) -> tuple[str, int, int]:
     """"yes", "no", or "unclear", and how far the phrase reaches together with the words that make it so."""
     left = clause(text, start)
@@ -79,14 +83,14 @@ def follow(
     """What a rule finds on the page: ticked off where it has a meaning, refused where it has none."""
     found = []
     for m in text.find(rule.pattern):
-        how, start, end = mood(text, *m.span(), [])
+        how, start, end = mood(text, *m.span())
         value = rule.value(m) if callable(rule.value) else rule.value
         if how == "no": value = rule.off
-        several = value if isinstance(value, list) and rule.allowed[1] < float("inf") else [value]
+        several = list(value.values) if isinstance(value, Either) else value if isinstance(value, list) else [value]
         numbers = [v for v in several if isinstance(v, (int, float)) and not isinstance(v, bool)] if how == "yes" else []
         wrong = any(not rule.allowed[0] <= v <= rule.allowed[1] or (rule.whole and v != int(v)) for v in numbers)
         if how == "unclear" or value is NOTHING or wrong or not text.free(start, end): text.refuse(start, end); continue
-        if rule.whole and numbers and value is several[0]: value = int(value)
+        if rule.whole and numbers: value = Either(tuple(map(int, value.values))) if isinstance(value, Either) else int(value)
         found.append(Said(rule.what, value, text.take(start, end), start, end))
     return found
 
@@ -98,14 +102,9 @@ def follow_all(
     return [said for rule in rules for said in follow(rule, text)]
 
 # %% ../../nbs/graph/62a_phrases.ipynb #59f20bc9
-@dataclass(frozen=True)
-class Either:
-    """Several values for one setting: a question."""
-    values: tuple[Any, ...]
-
 SEP = r"\s*(?:[:=]|of|at|is|to|as|with|by|be|was)?\s*(?:about|around|approximately|roughly|exactly|~|a|an|the|at most|up to|max(?:imum)?(?: of)?)?\s*"
 _AHEAD = r"(?![\w%]|[.,]\d)"
-_OTHER = rf"(?:\s*(?:\bor\b|\bto\b|(?:(?<=\d)-)|\.\.)\s*({NUMBER}))?"
+_OTHER = rf"(?:\s*(?:\bor\b|\bto\b|(?:(?<=\d)-)|\.\.|-?>)\s*({NUMBER}))?"
 VALUE = rf"(between\s+)?({NUMBER}){_OTHER}{_AHEAD}"
 INT = WHOLE
 
@@ -134,7 +133,7 @@ _STOP = r"\b(?:early[\s_-]?stop(?:ping)?|stop(?:ping)?(?: the)?(?: training)? ea
 _WATCHED = r"(?:(?:the )?val(?:idation)?[\s_](loss|acc(?:uracy)?|auc|auroc|f1)\b|(?:the )?(accuracy|auc|auroc|f1)\b)"
 _NONE_BETTER = (rf"(?:(?:if|when|once|unless)\s+(?:the )?(?:it|{_WATCHED}|val(?:idation)? loss|loss)\s+)?(?:does not|doesn't|has not|hasn't|did not|stops|no longer)\s+improv\w*"
                 rf"(?:\s+(?:for|in|after|within)\s+({INT})\s+epochs?)?")
-_METRIC = r"(?:accuracy|macro[\s-]f1|f1(?:[\s-]score)?|precision|recall|roc[\s-]auc|auroc|auc|mse|rmse|mae|r2|r\^2)"
+_METRIC = r"(?:balanced[\s_]accuracy|accuracy|average[\s_]precision|log[\s_]loss|brier|mcc|mape|weighted[\s-]f1|macro[\s-]f1|f1(?:[\s-]score)?|precision|recall|roc[\s-]auc|auroc|auc|mse|rmse|mae|r2|r\^2)"
 _CALLED = {"auc": "auroc", "roc auc": "auroc", "roc-auc": "auroc", "f1 score": "f1", "f1-score": "f1", "r^2": "r2", "acc": "accuracy"}
 
 def _metrics(m: re.Match[str]) -> list[str]:
@@ -151,6 +150,7 @@ STOPPING = [
     Rule("patience", rf"\bpatience{SEP}({INT})(?:\s*epochs?)?", _patience, allowed=(1, 10_000), whole=True),
     Rule("patience", rf"\b({INT})\s+epochs?\s+(?:of\s+)?patience", _patience, allowed=(1, 10_000), whole=True),
     Rule("patience", rf"\bafter\s+({INT})\s+epochs?\s+(?:without|of no|with no)\s+improvement", _patience, allowed=(1, 10_000), whole=True),
+    Rule("patience", rf"(?:{_STOP}\s+)?(?:(?:if|when)\s+(?:there is\s+|there's\s+)?)?\bno improvement\s+(?:for|in|after|within|over)\s+({INT})\s+epochs?", _patience, allowed=(1, 10_000), whole=True),
     Rule("patience", rf"{_STOP}\s*(?:[:=]|after|of|at|with)\s*({INT})(?:\s*epochs?)?(?!\w)", _patience, allowed=(1, 10_000), whole=True),
     Rule("patience", rf"(?:{_STOP}\s+|\bstop(?: training)?\s+)?{_NONE_BETTER[:-2]})", lambda m: number_of(m.groups()[-1]), allowed=(1, 10_000), whole=True),
     *setting("min_delta", r"\bmin(?:imum)?[\s_-]?(?:delta|improvement)", allowed=(0, 1e9)),
@@ -166,6 +166,7 @@ _OPT = "|".join(sorted(map(re.escape, OPTIMIZERS), key=len, reverse=True))
 _DECAY = r"(?:\s*(?:learning[\s-]rate|lr))?(?:\s*(?:schedule|scheduler|decay|annealing|policy))+"
 STEPS = [
     Rule("schedule", rf"\bwarm[\s-]?up\b(?:\s+(?:and|then|followed by|with))*\s+(?:a )?cosine(?:{_DECAY})?|\bcosine(?:{_DECAY})?\s+(?:with|after)\s+(?:a )?warm[\s-]?up", "warmup_cosine"),
+    *[Rule("schedule", rf"\b(?:(?:lr|learning[\s-]rate)[\s_-]+)?schedule[r]?\s*(?:[:=]|is)?\s*(?:a\s+)?{said}\b(?:{_DECAY})?", name) for said, name in (("cosine", "cosine"), ("one[\\s_-]?cycle", "one_cycle"), ("plateau", "plateau"), ("exponential", "exponential"), ("step", "step"), ("linear", "linear"))],
     Rule("schedule", rf"\bcosine(?:{_DECAY}|(?=\s*(?:$|[,.;\n])))", "cosine", off=None),
     Rule("schedule", rf"\bone[\s_-]?cycle(?:{_DECAY})?", "one_cycle", off=None),
     Rule("schedule", rf"(?:\b(?:reduce|lower|decrease|drop|cut)\w*\s+(?:the\s+)?(?:learning rate|lr)\s+on\s+(?:a\s+)?plateaus?|\breducelronplateau|\bplateau{_DECAY})", "plateau", off=None),
@@ -176,9 +177,10 @@ STEPS = [
     *setting("learning_rate", rf"(?:\b(?:initial|max(?:imum)?|base|peak|starting|constant)\s+)?{LEARNING_RATE}", before=LEARNING_RATE[2:], allowed=(1e-9, 1)),
     *setting("batch_size", r"\b(?:(?:mini[\s-]?)?batch[\s_-]?sizes?|bs|(?:mini[\s-]?)?batch(?:es)? of)\b", r"(?:\s+(?:rows|samples|examples|records)\b)?",
              before=r"(?:rows|samples|examples)\s+(?:per|a|in each|in a)\s+batch\b", allowed=(1, 10_000_000), whole=True),
-    *setting("batch_size", r"\b(?:mini[\s-]?)?batch(?:es)?\s*[:=]", allowed=(1, 10_000_000), whole=True),
+    *setting("batch_size", r"\b(?:mini[\s-]?)?batch(?:es)?(?:\s*[:=]|(?=\s+\d))", allowed=(1, 10_000_000), whole=True),
     Rule("checkpoint_every", rf"\b(?:save|checkpoint|save (?:a )?checkpoints?|checkpoints?)\s+every\s+({INT})\s+epochs?", lambda m: number_of(m[1]), allowed=(1, 100_000), whole=True),
-    *setting("epochs", r"\b(?:number of epochs|max(?:imum)?[\s_]epochs|num[\s_]epochs|n[\s_]epochs|epochs?)\b(?!\s+of)", before=r"(?:training\s+)?epochs?\b|passes (?:over|through) the (?:training )?data", allowed=(1, 1_000_000), whole=True),
+    Rule("epochs", rf"\bstop(?:\s+training)?\s+after\s+({INT})\s+epochs(?!\s+(?:without|of no|with no))", lambda m: number_of(m[1]), allowed=(1, 1_000_000), whole=True),
+    *setting("epochs", r"\b(?:number of epochs|max(?:imum)?[\s_]epochs|num[\s_]epochs|n[\s_]epochs|epochs?)\b(?!\s+of)", before=r"(?:training\s+)?epochs?\b(?:\s+(?:of training|in total|in all))?|passes (?:over|through) the (?:training )?data", allowed=(1, 1_000_000), whole=True),
     *setting("momentum", r"\bmomentum\b", allowed=(0, 1)),
     Rule("nesterov", r"\bnesterov(?:\s+momentum)?\b", True, off=False),
     *setting("weight_decay", r"\bweight[\s_-]?decay\b", allowed=(0, 10)),
@@ -219,7 +221,9 @@ HARDWARE = [
     Rule("processes", r"\b(?:distributed(?:\s+training)?\s+(?:across|on|over)\s+)?(?:multiple|all|several|many)(?:\s+(?:the|available))?\s+gpus\b|\bmulti[\s-]gpu(?:\s+training)?", "auto"),
     Rule("distributed", r"\b(?:distributed|data[\s-]parallel)(?:\s+(?:training|data[\s-]parallel))?\b(?:\s+(?:across|over|on)\b)?", True, off=False),
     Rule("strategy", r"\b(?:ddp|distributed data parallel)\b", "ddp"), Rule("strategy", r"\bfsdp\b", "fsdp"),
+    Rule("device", r"\b(?:(?:a|the|my)\s+)?(?:gpu|cuda),?\s+(?:if|when|where)\s+(?:(?:it is|one is|there is)\s+)?(?:available|possible|one|there)(?:,?\s+(?:and\s+)?(?:else|otherwise|or)\s+(?:on\s+)?(?:the\s+)?cpu)?(?:\s+otherwise)?\b", "auto"),
     Rule("device", r"\b(?:a |one |my |the )?(?:gpu|cuda)\b", "cuda", off="cpu"), Rule("device", r"\b(?:the )?cpu\b(?:\s+only)?", "cpu"), Rule("device", r"\bmps\b", "mps"),
     Rule("accumulate", rf"\b(?:gradient[\s_-]accumulation|accumulat\w+\s+(?:the\s+)?gradients?)(?:\s*(?:over|of|for|with|every|across|[:=])?\s*({INT})(?:\s+(?:mini-?)?(?:batches|steps))?)?", lambda m: number_of(m[1]) if m[1] else 4, off=1, allowed=(1, 100_000), whole=True),
     *setting("seed", r"\b(?:random[\s_-])?seed\b|\brandom[\s_]state\b", allowed=(0, 2**32), whole=True),
+    Rule("class_weights", rf"\bclass[\s_-]weights?\s*(?:[:=]|of|are)?\s*[\[(]?\s*({NUMBER}(?:\s*(?:,\s*and|,|and|:|/)\s*{NUMBER})+)\s*[\])]?(?!\w)", lambda m: [number_of(n) for n in re.findall(NUMBER, m[1])], allowed=(1e-9, 1e9)),
     Rule("class_weights", r"\b(?:balanced\s+(?:class[\s_-]weights?|classes)|(?:(?:handle|handling|correct for|deal with|address|account for)\s+(?:the\s+)?)?(?:class[\s-]imbalance|imbalanced (?:classes|data(?:set)?))(?:\s+(?:with|by|using|through)\s+class[\s_-]weights?)?|class[\s_-]weights?(?:\s*[:=]?\s*balanced)?|weight(?:ed)?\s+(?:the\s+)?classes|balance\s+(?:the\s+)?classes)\b", "balanced", off=None)]

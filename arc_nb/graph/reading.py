@@ -46,10 +46,13 @@ LAYERS = [
     Rule("blocks", rf"\b({INT})\s+(?:transformer|attention|residual|encoder)\s+(?:blocks?|layers?)\b|\b({INT})\s+blocks?\b", lambda m: number_of(m[1] or m[2]), allowed=(1, 64), whole=True),
     Rule("sizes", rf"{_COUNT}{_HOLD}({LIST})(?:\s*{_UNITS})?(?:\s+(?:each|respectively))?", _counted),
     Rule("sizes", rf"{_COUNT}{_HOLD}({INT})\s*(?:{_UNITS}(?:\s+(?:each|per layer|in each(?: layer)?))?|each)\b", _each),
+    Rule("sizes", rf"{_COUNT}\s*(?:with|of|x|[:=@])\s*(?:size\s+|width\s+)?({INT})(?=\s*(?:[,.;)\n]\s*(?!\d)|$|and\s+(?!\d)|with\b))", _each),
+    Rule("sizes", rf"{_COUNT}\s*,?\s*each\s+(?:with|of|having|has)?\s*({INT})\s*(?:{_UNITS})?\b", _each),
+    Rule("sizes", rf"(?<!\w)(\d+\s*{_UNITS}(?:\s*(?:,|->)?\s*(?:and\s+)?(?:then\s+)?\d+\s*{_UNITS})+)\b", lambda m: [int(n) for n in re.findall(r"\d+", m[1])]),
     Rule("sizes", rf"{_COUNT}\s*\(\s*({INT})\s*(?:{_UNITS})?\s*\)", _each),
     Rule("sizes", r"\b(?:hidden\s+)?layers?\s*[:=]?\s*(\d+)\s?x\s?(\d+)\b|\b(\d+)\s?x\s?(\d+)\s+(?:hidden\s+)?(?:layers?|network|mlp|neurons|units)\b",
          lambda m: [int(m[2] or m[4])] * int(m[1] or m[3])),
-    Rule("sizes", rf"\b(?:deep\s+)?(?:hidden[\s_]+)?(?:layer[\s_]+)?(?:layers?|sizes?|units|widths?|dimensions|dims|architecture|network|net|mlp|tower|part|neurons|nodes|perceptron|dnn)\s*(?:[:=]|of|with|as|is|are)?\s*(?:sizes?\s*|widths?\s*)?(?:of\s*)?({LIST})(?:\s*{_UNITS})?",
+    Rule("sizes", rf"\b(?:deep\s+)?(?:hidden[\s_]+)?(?:layer[\s_]+)?(?:hidden|layers?|sizes?|units|widths?|dimensions|dims|architecture|network|net|mlp|tower|part|neurons|nodes|perceptron|dnn)\s*(?:[:=]|of|with|as|is|are)?\s*(?:sizes?\s*|widths?\s*)?(?:of\s*)?({LIST})(?:\s*{_UNITS})?",
          lambda m: listed(m[1])),
     Rule("sizes", rf"({LIST})\s*(?:{_UNITS}|(?:hidden|dense)\s+layers|layers)\b", lambda m: listed(m[1])),
     Rule("sizes", r"\bhidden_(?:layer_)?(?:sizes|layers|dims|units)\s*=\s*[\[(](\d+),?[\])]", lambda m: [int(m[1])]),
@@ -71,7 +74,7 @@ BETWEEN = [
          lambda m: (int(number_of(m[1])) if m[1] else None, {"no": "linear"}.get(m[2], m[2]))),
     Rule("output", rf"\boutput(?:\s+layer)?\s*[:=]?\s*(?:(?:with|of|has|is)\s+)?({INT})\s*{_UNITS}\b", lambda m: (int(number_of(m[1])), None)),
     Rule("output", r"\b(?:a\s+|final\s+)*(sigmoid|softmax)\s+(?:output|head|at the end|final layer|output layer)(?:\s+layer|\s+activation)?\b", lambda m: (None, m[1])),
-    Rule("dropout", rf"\bdrop-?outs?(?:\s+(?:rates?|probabilit(?:y|ies)|layers?))?{SEP}((?:[\[(]\s*)?{NUMBER}(?:\s*(?:,\s*and|,|and)\s*{NUMBER}(?!\s*(?:epochs|layers|hidden|neurons|units)))+(?:\s*[\])])?)", _dropouts, allowed=(0, 0.99)),
+    Rule("dropout", rf"\bdrop-?outs?(?:\s+(?:rates?|probabilit(?:y|ies)|layers?))?{SEP}((?:[\[(]\s*)?{NUMBER}(?!\d)(?:\s*(?:,\s*and|,|and)\s*{NUMBER}(?![\d.])(?!\s*(?:epochs|layers|hidden|neurons|units|rows|gpus)|[\s-]*\w+\s+(?:epochs|layers)))+(?:\s*[\])])?)", _dropouts, allowed=(0, 0.99)),
     Rule("dropout", rf"\bdrop-?out(?:\s+(?:rate|probability|layers?))?(?:\s*\(?(?:p\s*)?{SEP[3:]}|{SEP}){VALUE}\)?{_THERE}", valued, off=0.0, allowed=(0, 0.99)),
     Rule("dropout", rf"({NUMBER})\s+drop-?out{_THERE}", lambda m: number_of(m[1]), allowed=(0, 0.99)),
     Rule("dropout", rf"\bdrop-?out(?:\s+(?:layers?|regulari[sz]ation))?\b{_THERE}", True, off=0.0),
@@ -88,6 +91,7 @@ ARCHITECTURES = [
     Rule("architecture", r"\b(?:resnet\b|residual\s+(?:connections?|networks?|blocks?|layers?|mlp|net)|residual\b|skip[\s-]connections?)", "residual", off="mlp"),
     Rule("architecture", r"\b(?:(?:a\s+)?custom\s+|self[\s-]|multi-?head\s+)*attention(?:\s+(?:mechanism|layers?|over (?:the )?columns))?\b|\b(?:ft[\s-]?)?transformer\b", "attention", off="mlp"),
     Rule("architecture", r"\b(?:feed[\s-]?forward|mlp|multi-?layer\s+perceptron|fully[\s-]connected\s+(?:network|net)|dense\s+network)\b", "mlp"),
+    Rule("purpose", r"\bor not\b", "or not"),
     Rule("purpose", r"\bto\s+(?:capture|learn|model)\s+(?:the\s+)?feature\s+interactions\b", "interactions"),
     Rule("size", r"\bsimple\b", "simple"), Rule("size", r"\b(?:small|tiny|lightweight|compact)\b", "small"),
     Rule("size", r"\b(?:large|big|high-capacity)\b(?!\s+(?:data|table|batch))", "large"), Rule("size", r"\bdeep\b(?!\s+(?:part|side|tower|learning))", "deep"),
@@ -98,15 +102,21 @@ NETWORK = BETWEEN[:4] + LAYERS + BETWEEN[4:] + ARCHITECTURES
 _PART = {"train": r"(?:for )?train(?:ing)?", "valid": r"(?:for )?val(?:id(?:ation)?)?", "test": r"(?:for )?(?:test(?:ing)?|hold-?out)"}
 _PER = r"\d+(?:\.\d+)?\s?(?:%|percent)?"
 def _shares(m: re.Match[str]) -> Any:
+    """Training, validation and test; two shares are training and what judges: half of it for validation, where the words don't say."""
     parts = [float(g) for g in re.findall(r"\d+(?:\.\d+)?", m[0])][:3]
     total = sum(parts)
     if not (abs(total - 100) < 0.01 or abs(total - 1) < 1e-6): return NOTHING
-    return tuple(round(p / total, 6) for p in (*parts, 0.0)[:3])
+    if len(parts) == 3: return tuple(round(p / total, 6) for p in parts)
+    train, other = (round(p / total, 6) for p in parts)
+    if re.search(r"val", m[0]): return train, other, 0.0
+    if re.search(r"test|hold", m[0]): return Either(((round(0.85 * train, 6), round(train - 0.85 * train, 6), other), (train, 0.0, other)))
+    return train, round(other / 2, 6), round(other / 2, 6)
 
 _LABELLED = rf"\b{_PART['train']}\s*[:=]?\s*({_PER})[\s,;/&-]*(?:and\s+)?{_PART['valid']}\s*[:=]?\s*({_PER})(?:[\s,;/&-]*(?:and\s+)?{_PART['test']}\s*[:=]?\s*({_PER}))?"
 _TRAILED = rf"\b({_PER})\s+{_PART['train']}(?:\s+data)?[\s,;/&-]*(?:and\s+)?({_PER})\s+{_PART['valid']}(?:[\s,;/&-]*(?:and\s+)?({_PER})\s+{_PART['test']})?"
 _ROWS = r"(?:\s+of\s+(?:the|my|our|all)?\s*(?:data(?:set)?|rows|table|samples|records))"
 SPLITS = [
+    Rule("split", rf"\b{_PART['train']}\s*[:=]?\s*({_PER})[\s,;/&-]*(?:and\s+)?{_PART['test']}\s*[:=]?\s*({_PER})|(?<![\d.])({_PER})\s+{_PART['train']}(?:\s+data)?[\s,;/&-]*(?:and\s+)?({_PER})\s+{_PART['test']}", _shares),
     Rule("split", _LABELLED + r"(?:\s+split)?", _shares), Rule("split", _TRAILED + r"(?:\s+split)?", _shares),
     Rule("split", r"(?:\bsplit(?:\s+(?:of|the data|into|is))*\s*[:=]?\s*)?(?<![\d.])\d+\s?%?\s*[/:-]\s*\d+\s?%?(?:\s*[/:-]\s*\d+\s?%?)?(?:\s+(?:train(?:ing)?|test|val(?:idation)?)(?:\s*[/,-]\s*(?:train(?:ing)?|test(?:ing)?|val(?:idation)?))*)?\s*split\b", _shares),
     Rule("split", r"\bsplit(?:\s+(?:the\s+)?(?:data|rows|it|table))?\s*(?:of|into|as|[:=])?\s*\d+\s?%?\s*[/:-]\s*\d+\s?%?(?:\s*[/:-]\s*\d+\s?%?)?", _shares),
@@ -120,6 +130,7 @@ SPLITS = [
 _FILL = r"\b(?:fill(?:ing)?(?:\s+in)?|imput(?:e|ing)|replac(?:e|ing))\s+(?:the\s+)?(?:missing(?:\s+(?:values|data|entries))?|nans?|nulls?|na)\s+(?:with|by|using)\s+(?:the\s+)?(?:column\s+)?"
 ROWS = SPLITS + [
     Rule("sample", rf"\b(?:train(?:ing)?\s+on|use|using|with|take|on)?\s*(?:only\s+)?(?:a\s+)?(?:random\s+)?(?:sample\s+of\s+)?\b(\d+(?:\.\d+)?\s?(?:%|percent|per cent)){_ROWS}", lambda m: number_of(m[1]), allowed=(1e-6, 1)),
+    Rule("sample", rf"\b(?:train(?:ing)?\s+on|use|using|with|take|on)?\s*(?:only\s+)?(?:one |a )?(half|quarter|third|tenth){_ROWS}", lambda m: {"half": 0.5, "quarter": 0.25, "third": 0.3333, "tenth": 0.1}[m[1]]),
     Rule("sample", rf"\b(?:sample|subset|subsample)(?:\s+of)?\s+({INT})\s*(?:random\s+)?(?:rows|samples|records|examples)?(?!\w|\s*%)", lambda m: number_of(m[1]), allowed=(1, 1e12), whole=True),
     Rule("sample", rf"\b(?:a\s+)?({NUMBER}) (?:sample|subset)\b", lambda m: number_of(m[1]) if number_of(m[1]) <= 1 else int(number_of(m[1])), allowed=(1e-6, 1e12)),
     Rule("drop_duplicates", r"\b(?:drop(?:ping)?|remov(?:e|ing)|delet(?:e|ing)|ignor(?:e|ing)|without)\s+(?:the\s+|any\s+)?duplicate[sd]?(?:\s+rows)?\b|\bde-?duplicate\b", True),

@@ -103,7 +103,7 @@ be is are was am being use uses using used utilize apply add adding include incl
 and but also plus then so which what who whose when where while there here each all both some any such via per about around approximately roughly
 model models network networks net nets neural ml ai machine learning algorithm system approach
 train training trained trainer fit fitting run predict predicts predicting prediction predictions predictive tell tells learn learns
-data dataset datasets table tables row rows record records feature features column columns input inputs variable variables value values field fields else everything
+data dataset datasets table tables row rows record records feature features column columns input inputs variable variables value values field fields else everything respectively exactly followed says
 following new one default defaults hyperparameter hyperparameters parameter parameters setting settings option options standard usual task problem job goal
 epoch optimiser optimize optimizes minimise minimize minimizing e.g. eg i.e. ie etc etc. according""".split()) - {"optimiser", "according", "epoch", "learning"} | {"just", "learning"}
 
@@ -111,11 +111,12 @@ def _phrases(text: Text) -> list[tuple[int, int]]:
     """What is left, as runs of words in which only little words stand between; a comma, a line or what was read ends a run."""
     runs: list[tuple[int, int]] = []
     last_break = True
-    for word in re.finditer(r"[^\s,;:!?()\[\]{}\"]+|[,;:!?()\n]", text.low):
+    open_ = "".join("\0" if taken else c for c, taken in zip(text.low, text.taken))
+    for word in re.finditer(r"[^\s,;:!?()\[\]{}\"\0]+|[,;:!?()\n\0]", open_):
         start, end = word.span()
         while end > start and text.low[end - 1] in ".'": end -= 1
-        if not text.free(start, end) or (len(word[0]) == 1 and word[0] in ",;:!?()\n"): last_break = True; continue
-        if text.low[start:end].strip("'*-+=_>.&|/") in LITTLE | {""}: continue
+        if word[0] in ",;:!?()\n\0": last_break = True; continue
+        if text.low[start:end].strip("'*-+=_>.&|/`") in LITTLE | {""}: continue
         if runs and not last_break: runs[-1] = (runs[-1][0], end)
         else: runs.append((start, end))
         last_break = word.end() > end and text.low[end] == "."
