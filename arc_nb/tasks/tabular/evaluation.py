@@ -81,6 +81,7 @@ def facts(kind: str,                  # of the target
     show = (lambda v: f"{v:.3f}" if v == v else "–") if kind != "regression" else number
     return [(_SPELLED.get(n, n.replace("_", " ")), show(metrics[n])) for n in names[:most]]
 
+# %% ../../../nbs/tasks/74d_evaluation.ipynb #12447565
 @dataclass
 class Evaluation(Curved):
     "What the outputs for one target were worth."

@@ -8,13 +8,14 @@ Docs: https://arc-nb.github.io/arc_nb/tasks/pictures.html.md"""
 __all__ = ['Cost', 'LINES', 'PANELS', 'panel_of', 'panels_of']
 
 # %% ../../../nbs/tasks/74c_pictures.ipynb #6b217956
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import numpy as np
 from ...draw.matrix import Cloud, Matrix
 from ...draw.panels import Curves, Dots, Panel, Steps
 from ...draw.svg import Line, number
+from ...engine.lookup import unknown
 from .curves import calibration, confusion, per_class, pr, residuals, roc, thresholds
-from .scores import Answers, nearest, scored
+from .scores import Answers, calibration_error, scored
 
 # %% ../../../nbs/tasks/74c_pictures.ipynb #7bcbf12a
 Cost = tuple[float, float]  # of a false alarm and of a miss
@@ -45,9 +46,10 @@ def _probabilities(a: Answers, cost: Cost) -> Steps:
 # %% ../../../nbs/tasks/74c_pictures.ipynb #94565644
 def _worst(a: Answers) -> list[object]:
     "The labels that get a line: all with a curve, or the six with the lowest AUC."
-    t = per_class(a).dropna(subset="auc")
     if a.kind == "binary": return [a.labels[1]]
-    return t.label.tolist() if len(t) <= LINES else t.sort_values("auc", kind="stable").label.tolist()[:LINES]
+    known = np.flatnonzero(~np.isnan(a.ranks[:, 0]))
+    if len(known) > LINES: known = known[np.argsort(a.ranks[known, 0], kind="stable")][:LINES]
+    return [a.labels[k] for k in known]
 
 def _by_class(a: Answers, frame: "object", x: str, y: str) -> tuple[list[Line], str]:
     "A line a class, and a word on those that have none."
@@ -73,7 +75,7 @@ def _calibration(a: Answers, cost: Cost) -> Curves:
     c = calibration(a)
     exact = Line("", np.array([0., 1]), np.array([0., 1]), "ghost")
     bars = [Line("", np.array([x, x]), np.array([low, high]), "raw") for x, low, high in zip(c.said, c.low, c.high)]
-    told = f"error {scored(a, ['calibration_error'])['calibration_error']:.3f}"
+    told = f"error {calibration_error(a):.3f}"
     said = f"probability of {a.labels[1]}" if a.kind == "binary" else "probability of the likeliest class"
     lines = [exact, *bars, Line("", c.said.to_numpy(), c.came.to_numpy(), "a", dots=True)]
     return Curves("Calibration", lines, told, said, "share that came", (0., 1.), (0., 1.))
@@ -105,7 +107,7 @@ def _within(a: Answers, cost: Cost) -> Curves:
     half, most = (float(far[min(len(far) - 1, int(np.ceil(q * len(far))) - 1)]) for q in (.5, .9))
     marks = [(half, .5, f"half within {number(half)}"), (most, .9, f"90 % within {number(most)}")]
     span = (0., float(far[-1]) or 1.)
-    return Curves("Within", [Line("", far, part)], "share of rows within an error", "absolute error", "", span, (0., 1.), marks)
+    return Curves("Within", [Line("", far, part)], "", "absolute error", "share of rows", span, (0., 1.), marks)
 
 # %% ../../../nbs/tasks/74c_pictures.ipynb #47fb1b85
 PANELS: dict[str, dict[str, Callable[[Answers, Cost], Panel]]] = {  # kind: name: panel
@@ -123,14 +125,15 @@ def panel_of(a: Answers,   # checked
              ) -> Panel:
     "One panel. Raises ValueError for an unknown name, naming the nearest."
     known = PANELS[a.kind]
-    if which not in known: raise ValueError(f"{which!r} is no picture of {a.kind}: take one of {', '.join(known)}.{nearest(which, known)}")
+    if which not in known: raise unknown(f"picture of {a.kind}", which, known)
     return known[which](a, cost)
 
 def panels_of(a: Answers,  # checked
               cost: Cost = (1., 1.),  # of a false alarm and of a miss
+              which: Sequence[str] | None = None,  # names; None: all
               ) -> list[Panel]:
-    "All panels of a test, in reading order; those that its rows cannot fill are left out."
+    "The panels of a test, in reading order; those that its rows cannot fill are left out."
     alone = a.kind != "regression" and len(np.unique(a.target)) == 1
     left_out = _TWO_SIDES if alone else set()
-    names = [n for n in PANELS[a.kind] if n not in left_out and not (a.kind == "binary" and n == "classes")]
-    return [panel_of(a, n, cost) for n in names]
+    usual = [n for n in PANELS[a.kind] if not (a.kind == "binary" and n == "classes")]
+    return [panel_of(a, n, cost) for n in which or usual if n not in left_out]
