@@ -89,14 +89,11 @@ def check_choices(
     given: Mapping[str, Any],  # the settings of a Trainer
 ) -> None:
     """TypeError or ValueError for choices that do not exist."""
-    model, strategy, track = given["model"], given["strategy"], given["track"]
+    model, strategy = given["model"], given["strategy"]
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}: make an object of it" if isinstance(model, type) else f"a {type(model).__name__}"
         raise TypeError(f"model has to be a torch.nn.Module, and this is {what}")
     check_strategy(strategy)
-    for tracker in track if isinstance(track, (tuple, list)) else [track]:
-        if isinstance(tracker, str):
-            raise ValueError(f"track={tracker!r}: this version knows no tracker by name; give a Callback that writes where you want")
     for name, choices in (("compile", (False, True, "step")), ("board", ("auto", "widget", "still", "text", False))):
         if given[name] not in choices: raise ValueError(f"{name}={given[name]!r} is none of {', '.join(map(repr, choices))}")
     Every(given["checkpoint_every"]), Every(given["valid_every"])

@@ -8,7 +8,7 @@ Docs: https://arc-nb.github.io/arc_nb/trainer.html.md"""
 __all__ = ['Using', 'Keeping', 'Trainer']
 
 # %% ../nbs/41_trainer.ipynb #f784298c
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,6 +25,7 @@ from .engine.step import evaluate
 from .resume import newest_in, settings_of
 from .seeing import Seeing
 from .setup import Setup, check_choices, check_keepers, check_numbers, warn_unused
+from .track.trackers import trackers
 from .using import export_model, predict, read_model, save_model
 
 # %% ../nbs/41_trainer.ipynb #c00a44a2
@@ -189,7 +190,7 @@ class Trainer(Keeping):
         compile: bool | str = False,  # True: the model; "step": the whole step in one graph
         strategy: Any = "auto",  # of several processes: "ddp", "zero1", "zero2", "zero3", (name, options), a function (model, mesh)
         callbacks: Iterable[Callback] = (),
-        track: Sequence = (),  # callbacks that write elsewhere
+        track: Any = (),  # "tensorboard", "wandb", "mlflow", (name, options), a callback that writes elsewhere, or several
         checkpoint_every: int | str | None = "1 epoch",  # steps, "1 epoch", "10 min"; best and last are always kept
         seed: int = 0,
         run: str | Path | bool | None = None,  # folder; None: runs/<model>; False: nothing is written
@@ -212,7 +213,8 @@ class Trainer(Keeping):
         check_numbers(given)
         warn_unused(given)
         given["seed"] = int(seed)  # numpy's whole numbers are no seed for Python's generator
-        self.callbacks = [check_callback(c) for some in (callbacks, track) for c in (some if isinstance(some, Iterable) else [some])]
+        own = callbacks if isinstance(callbacks, Iterable) else [callbacks]
+        self.callbacks = [*map(check_callback, own), *trackers(track)]
         check_keepers(self.callbacks, checkpoint_every, run)
         self.setup, self._settings = Setup(given), settings_of(given)
         self.name = Path(run).name if isinstance(run, (str, Path)) else type(model).__name__.lower()

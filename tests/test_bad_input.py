@@ -105,7 +105,7 @@ NAMES = {
     "group": (make(groups={"weigths": {"lr": 1.0}}), "weigths"),
     "precision": (make(precision="fp8"), "'fp8'.*bf16"), "device": (make(device="gpu"), "'gpu'.*cuda"),
     "board": (make(board="html"), "'html'.*widget"), "strategy": (make(strategy="dpp"), "did you mean.*ddp|'dpp'"),
-    "compile": (make(compile="all"), "'all'.*step"), "track": (make(track="wandb"), "'wandb'"),
+    "compile": (make(compile="all"), "'all'.*step"), "track": (make(track="tensorbord"), "no tracker.*'tensorbord'.*'tensorboard'"),
     "checkpoint_every": (make(checkpoint_every="1 fortnight"), "1 fortnight.*10 min"),
     "valid_every": (make(valid_every="never"), "never"),
     "batch_size": (make(batch_size=0), "batch_size=0"), "batch_size float": (make(batch_size=1.5), "batch_size=1.5"),
