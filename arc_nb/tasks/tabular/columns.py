@@ -229,6 +229,7 @@ def hasher(
 def encode_text(column: Column, values: "pd.Series", start: int) -> np.ndarray:
     """(rows, size): the words of each text, hashed; zeros where missing."""
     gone = values.isna().to_numpy()
+    if not len(values): return np.zeros((0, column.size))
     found = hasher(column.size - column.flag).transform(["" if g else str(v) for v, g in zip(values, gone)]).toarray()
     return np.column_stack([found, gone]) if column.flag else found
 

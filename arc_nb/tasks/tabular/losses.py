@@ -110,7 +110,6 @@ def loss_spec(
 ) -> Any:
     """What a Trainer takes as its loss: a torch loss, or a weighted dict of them by output."""
     heads, asked = heads_of(graph), graph.trainer.class_weights if graph.trainer else None
-    if asked is not None and not any(goal.labels for goal in goals.values()): warn("class_weights has no effect: no target has classes")
     built = {head.output: head_loss(head, class_weights(asked, goals[head.column], y[head.column])) for head in heads}
     light = [output for output, (_, weight) in built.items() if not weight > 0]
     if light: raise ValueError(f"the loss of {light[0]!r} has weight 0, and would teach nothing: give it a weight above 0, or leave it out")
@@ -172,6 +171,6 @@ def shaped(
         flat = y[head.column]
         found[head.output] = flat if head.kind == "multi-class" or like.ndim == 1 else flat[:, None]
         if head.kind != "multi-class" and like.ndim > 1 and like.shape[1:].numel() != 1:
-            raise ValueError(f"the output {head.output or 'of the last node'!r} has {tuple(like.shape[1:])} numbers a row, and the target "
+            raise ValueError(f"the output {head.output or 'of the last node'!r} has {like.shape[1:].numel()} numbers a row, and the target "
                              f"{head.column!r} has one: end in a layer with out_features: 1")
     return found if isinstance(outputs, Mapping) else next(iter(found.values()))

@@ -9,6 +9,7 @@ __all__ = ['ROWS', 'keep', 'told', 'task_of', 'Loaded', 'TabularModel', 'check_s
 
 # %% ../../../nbs/tasks/73_model.ipynb #753b388d
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +101,9 @@ class Loaded:
         for name in ("arc_graph.yaml", "preparation.json", "metadata.json"):
             if not (path / name).is_file(): raise FileNotFoundError(f"{path} holds no model: {name} is missing")
         graph = Graph.from_yaml(path / "arc_graph.yaml")
-        module = build(graph)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what has no effect in the graph was told when it was trained
+            module = build(graph)
         weights = read_file(path / ("model.pt" if which == "best" else "final_model.pt"))["model"]
         try: module.load_state_dict(weights)
         except RuntimeError as error:

@@ -45,11 +45,6 @@ def training_of(
     training, plain = graph.trainer, Training(loss=graph.trainer.loss)
     for name, why in IDLE.items():
         if getattr(training, name) != getattr(plain, name): warn(f"trainer: {name}={getattr(training, name)!r} has no effect: {why}")
-    if training.early_stopping_patience is None:
-        said = [name for name in ("early_stopping_mode", "early_stopping_monitor") if getattr(training, name) != getattr(plain, name)]
-        if "early_stopping_min_delta" in training.model_fields_set and training.early_stopping_min_delta != plain.early_stopping_min_delta:
-            said.append("early_stopping_min_delta")
-        if said: warn(f"trainer: {', '.join(said)} has no effect without early_stopping_patience")
     return training
 
 def monitor_of(

@@ -69,11 +69,10 @@ def sampled(
 def split_of(
     graph: Graph,
 ) -> Split:
-    """The split that a graph asks for; validation_split changes the share that is held out."""
+    """The split that a graph asks for; validation_split changes the share that is held out where preprocessing says nothing."""
     split = (graph.preprocessing or Preprocessing()).split
     share = graph.trainer.validation_split if graph.trainer else None
-    if share is None: return split
-    if split.by == "column": warn(f"validation_split has no effect: the column {split.column!r} says what is for validation"); return split
+    if share is None or (graph.preprocessing and "split" in graph.preprocessing.model_fields_set): return split
     left = 1 - split.test
     return split.model_copy(update={"valid": share * left, "train": (1 - share) * left})
 
