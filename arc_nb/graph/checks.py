@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..engine.lookup import check_options, unknown
+from ..engine.objectives import objective
 from ..engine.rates import schedule
 from ..engine.strategies import STRATEGIES
 from ..engine.telling import warn
@@ -152,7 +153,7 @@ def _parameters(k: int, loss: Loss) -> Iterator[Fault]:
     "What is wrong with a loss' parameters, where its type is known."
     try: find_loss(loss.type)
     except ValueError: return
-    yield from _tried(("trainer", "loss", k, "params"), lambda: loss_module(loss))
+    yield from _tried(("trainer", "loss", k, "params"), lambda: objective(loss_module(loss)))
 
 def _output(graph: Graph, path: Path_, name: str) -> Iterator[Fault]:
     "The fault of a name that should be an output's."

@@ -93,7 +93,7 @@ class Loss(Part):
     params: dict[str, Any] = {}     # pos_weight, delta, label_smoothing ...
     input: str | None = None        # the output it looks at; None: the first one
     target: str | None = None       # the column it compares with
-    weight: NotLess = 1.0           # in the sum
+    weight: Positive = 1.0          # in the sum
 
 class Scheduler(Part):
     "The course of the learning rate."
