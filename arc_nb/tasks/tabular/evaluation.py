@@ -125,7 +125,7 @@ class Evaluation(Curved):
         "A panel as a plotly figure; without a name the confusion, or predictions against truth."
         return figure(self.panel(which or ("predicted" if self.kind == "regression" else "confusion")), theme)
 
-    def _repr_html_(self) -> str: return self.picture()
+    def _repr_svg_(self) -> str: return self.picture()
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k} {v}" for k, v in facts(self.kind, self.metrics))

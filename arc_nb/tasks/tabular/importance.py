@@ -49,7 +49,7 @@ class Importance:
         "The bars as a plotly figure."
         return figure(self.panel(), theme)
 
-    def _repr_html_(self) -> str: return self.picture()
+    def _repr_svg_(self) -> str: return self.picture()
 
     def __repr__(self) -> str:
         first = ", ".join(f"{c} {v:.3g}" for c, v in zip(self.columns[:5], self.drops.mean(1)))

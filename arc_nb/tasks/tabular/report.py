@@ -95,7 +95,7 @@ class Report:
         shown = list(self.evaluations) if target is None else [target]
         return sheet(_rows(self, shown), self.name, "; ".join([self.about, *self.notes]), _facts(self, shown), theme, width)
 
-    def _repr_html_(self) -> str: return self.picture()
+    def _repr_svg_(self) -> str: return self.picture()
 
     def __repr__(self) -> str:
         return f"Report({self.name}, {self.about}: {', '.join(f'{k} {v}' for k, v in _facts(self, list(self.evaluations)))})"
