@@ -278,11 +278,22 @@ def read(
     if not any(s.what == "target" for s in said): said += exact_targets(text, names)
     reading = Reading(text, said)
     if not reading.values("target"): reading.spoken = spoken_target(text)
+    if reading.spoken: reading.spoken = _shortened(text, reading.spoken, names)
     if reading.spoken: text.take(*reading.spoken[1:])
     _between(text, said)
     reading.said = doubted(text, said)
     for m in text.find(r"\([^()]*\)|\b[\w-]+(?:/[\w-]+)+\b"): _classes(text, m, profile, reading)
     return reading
+
+def _shortened(text: Text, spoken: tuple[str, int, int], names: list[str]) -> tuple[str, int, int]:
+    """The phrase without the words at its end that keep it from meaning a column: "price soon" is the price, and "soon" is left over."""
+    phrase, start, end = spoken
+    words = list(re.finditer(r"[\w'-]+", text.low[start:end]))
+    for k in range(len(words) - 1, 0, -1):
+        if match(phrase, names): break
+        shorter = " ".join(w[0] for w in words[:k] if w[0] not in ARTICLES)
+        if shorter and match(shorter, names): return shorter, start, start + words[k - 1].end()
+    return spoken
 
 _BEHIND = (r"\s*(?:,\s*)?(?:but\s+)?(?:(?:only|after|until|unless|if|when|except|before|every|while|during|once|per|instead)\b|by (?!default)|"
            r"(?:in|for|at|on|of|to) (?:the )?(?:first|second|third|last|final|beginning|start|end|input|output)\b|(?:[:=(\[]|of|with|to|by|at|is)?\s*[\[(]?[-+]?\.?\d)")

@@ -117,6 +117,7 @@ def _phrases(text: Text) -> list[tuple[int, int]]:
         while end > start and text.low[end - 1] in ".'": end -= 1
         if word[0] in ",;:!?()\n\0": last_break = True; continue
         if text.low[start:end].strip("'*-+=_>.&|/`") in LITTLE | {""}: continue
+        if text.low[start:end] in ("least", "most") and text.low[:start].endswith("at "): start -= 3
         if runs and not last_break: runs[-1] = (runs[-1][0], end)
         else: runs.append((start, end))
         last_break = word.end() > end and text.low[end] == "."
