@@ -43,7 +43,7 @@ def statement_of(
                                              else "there is no statement in it")
         if found[0].named_parameters: raise ValueError("it asks for a parameter (? or $name): a value of vars: is written ${name}")
         tree = json.loads(connection.execute("SELECT json_serialize_sql(?)", [sql]).fetchall()[0][0])
-    return _judged(sql.strip().rstrip(";").rstrip(), found[0].type.name, tree)
+    return _judged(_ended(sql), found[0].type.name, tree)
 
 
 def _judged(sql: str, type: str, tree: dict) -> Statement:
@@ -55,6 +55,16 @@ def _judged(sql: str, type: str, tree: dict) -> Statement:
     if type in ("CREATE", "DROP"):
         raise ValueError(f"{_shown(begin)} can't be run by a step: of these, only CREATE TABLE, DROP TABLE and DROP VIEW can")
     raise ValueError(f"{_shown(begin)} can't be run by a step: a step reads and changes tables, no files, settings, or other databases")
+
+
+def _ended(sql: str) -> str:
+    """The text without what stands behind the statement: semicolons and comments."""
+    import duckdb
+    text = sql.encode()
+    for at, kind in reversed(duckdb.tokenize(sql)):
+        if text[at:at + 1] != b";" and kind != duckdb.token_type.comment: break
+        text = text[:at]
+    return text.decode().strip()
 
 
 def bare(sql: str) -> str:

@@ -83,7 +83,7 @@ def _reason(error: Exception, step: Step) -> str:
     """What DuckDB says; for a change of a table that was there before, what allows it."""
     said = str(error).strip()
     if step.type != "execute" or "arc_file" not in said: return said
-    return f"it would change a table that this pipeline has not made: run(..., change=[...]) with its name allows that ({first_line(error)})"
+    return f"it would change a table that this pipeline didn't make; run(..., change=[...]) with its name allows that: {first_line(error)}"
 
 
 def _borrow(connection: "duckdb.DuckDBPyConnection", tables: Sequence[str], dry: bool) -> None:
@@ -172,8 +172,9 @@ class Ran:
     def frame(self) -> "pd.DataFrame":
         """A row a step: name, type, rows, columns, seconds, and whether it is an output."""
         import pandas as pd
-        return pd.DataFrame([{"name": m.name, "type": m.type, "rows": m.rows, "columns": ", ".join(m.columns), "seconds": round(m.seconds, 4),
-                              "output": m.name in self.outputs} for m in self.made]).astype({"rows": "Int64"})
+        rows = [{"name": m.name, "type": m.type, "rows": m.rows, "columns": ", ".join(m.columns), "seconds": round(m.seconds, 4),
+                 "output": m.name in self.outputs} for m in self.made]
+        return pd.DataFrame(rows).astype({"rows": "Int64"})
 
     def output(self, name: str) -> Made:
         """An output by its name; ValueError for another name."""
@@ -185,7 +186,7 @@ class Ran:
         """The steps and what flows between them, as SVG."""
         return flow(self.made, self.outputs, self.sources, self.id or self.name)
 
-    def _repr_html_(self) -> str: return self.picture
+    def _repr_html_(self) -> str: return f"<div style='overflow-x:auto'>{self.picture}</div>"
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ class Steps:
         made = [Made(s.name, s.type, None, {}, 0., tuple(s.depends_on)) for s in self.plan.order]
         return flow(made, self.plan.pipeline.outputs, sorted(self.plan.outside), self.name)
 
-    def _repr_html_(self) -> str: return self.picture
+    def _repr_html_(self) -> str: return f"<div style='overflow-x:auto'>{self.picture}</div>"
 
 
 def _counted(connection: "duckdb.DuckDBPyConnection", made: Made) -> Made:

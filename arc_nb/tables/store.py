@@ -155,7 +155,7 @@ class Taking(Looking):
         """A table, or the result of a query, as a Parquet file; the file is there when it is complete."""
         path = Path(path).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
-        query = source_of(table).content if QUERY.match(table) and table not in self else ""
+        query = source_of(table).content if QUERY.match(str(table)) and table not in self else ""
         with self.open() as connection: _copy(connection, query or _select(connection, table), path, "zstd")
         return path
 
@@ -217,7 +217,7 @@ class Tables(Taking):
         frame = plain_frame(frame)
         with self.open() as connection:
             there = {name.casefold(): name for name in known(connection)}
-            if table.casefold() not in there: return read(connection, frame, check_name(table))
+            if str(table).casefold() not in there: return read(connection, frame, check_name(table))
             name = there[table.casefold()]
             connection.register("arc_frame", frame)
             connection.execute("BEGIN")
