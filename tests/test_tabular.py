@@ -23,7 +23,7 @@ from arc_nb.tasks.tabular.recipe import IDLE, recipe
 from arc_nb.tasks.tabular.rows import Rows, load_parts
 from arc_nb.tasks.tabular.source import open_source
 from arc_nb.tasks.tabular.splitting import rows_of
-from arc_nb.tasks.tabular.training import train
+from arc_nb.tasks.tabular.training import rehearse, train
 
 ODD = 'x"; DROP TABLE y; --'  # a column may be called anything
 
@@ -295,6 +295,14 @@ def test_binary_needs_two_values_and_a_fitting_width():
     wide = graph()
     wide.inputs["features"].shape = [None, 21]
     with pytest.raises(ValueError, match=r"say shape: \[null, 20\]"): Rows.read(wide, people())
+
+
+def test_a_rehearsal_tells_what_will_fail():
+    frame = people()
+    frame.loc[:3, "sick"] = None
+    assert rehearse(graph(), frame).success and rehearse(several(), frame).success
+    assert "3 columns" not in str(rehearse(graph(), frame)) and not rehearse(graph(size=3), frame).success
+    with pytest.raises(ValueError, match="no column|There is no|no .*'sick'"): rehearse(graph(), frame.drop(columns="sick"))
 
 
 # ---- runs

@@ -52,7 +52,8 @@ class Source:
         found = {name: self.column(name) for name in dict.fromkeys(columns)}
         return pd.DataFrame({name: values if rows is None else values.iloc[rows].reset_index(drop=True) for name, values in found.items()})
 
-CONFIG = {"threads": "1", "enable_external_file_cache": "false", "streaming_buffer_size": "1MB"}  # a file is read once, and left
+CONFIG = {"threads": "1", "enable_external_file_cache": "false", "streaming_buffer_size": "1MB",  # a file is read once, and left
+          "enable_progress_bar": "false"}
 
 def asked(
     query: str,  # with ? for the path

@@ -6,7 +6,7 @@ Docs: https://arc-nb.github.io/arc_nb/tasks/training.html.md"""
 
 # %% auto #0
 __all__ = ['LEVEL', 'intervals', 'measured', 'environment', 'borrow', 'shared', 'train', 'weights_of', 'embeddings_from',
-           'finished']
+           'finished', 'rehearse']
 
 # %% ../../../nbs/tasks/73b_training.ipynb #d539b13e
 import json
@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -30,10 +31,13 @@ from .predicting import conformal
 from .preparing import Preparation
 from .recipe import assembled, changed, monitor_of, network, training_of
 from .rows import Rows
+from .source import open_source
 from .targets import heads_of, in_units
 
 # %% ../../../nbs/tasks/73b_training.ipynb #c8d2532d
-if TYPE_CHECKING: from arc_nb.trainer import Trainer
+if TYPE_CHECKING:
+    from arc_nb.graph.dryrun import Report
+    from arc_nb.trainer import Trainer
 
 # %% ../../../nbs/tasks/73b_training.ipynb #b0a655cb
 LEVEL = 0.9  # how often an interval is to hold the truth
@@ -171,3 +175,20 @@ def finished(
     (path / "history.json").write_text(history.to_json(orient="records", indent=1), encoding="utf-8")
     (path / "environment.json").write_text(json.dumps(environment(trainer), indent=1, default=str), encoding="utf-8")
     return TabularModel.load(path)
+
+# %% ../../../nbs/tasks/73b_training.ipynb #3ef9a1bf
+def rehearse(
+    graph: Graph,
+    source: Any,  # a DataFrame, or the path of a Parquet file
+    rows: int = 256,  # that are prepared
+) -> "Report":
+    """One batch the whole way; ValueError where the table's columns do not fit the graph."""
+    from arc_nb.graph.dryrun import dry_run
+    table = open_source(source)
+    told = np.ones(table.rows, bool)
+    for head in heads_of(graph): told &= table.column(head.column).notna().to_numpy()
+    some = np.flatnonzero(told)[:rows]
+    if not len(some): raise ValueError(f"none of the {table.rows:,} rows has a target: there is nothing to learn")
+    preparation = Preparation.fit(graph, table, some)
+    batch = table.take([*preparation.columns, *preparation.goals], some[:training_of(graph).batch_size])
+    return dry_run(graph, preparation.transform(batch), preparation.targets(batch))
