@@ -72,7 +72,7 @@ def _counts(matrix: Matrix, area: Box, side: float) -> str:
         count = int(matrix.counts[i, j])
         text = f"{count:,}" if count < 100_000 else f"{count:.2g}"
         size = 11.5 if side >= max(15, 7 * len(text) + 4) else 10
-        if side < max(13, 6 * len(text) + 2): continue
+        if side < max(13, 5.7 * len(text) + 2): continue
         ink = "bg" if shares[i, j] > .5 else "fg" if count else "faint"
         bold = 600 if i == j and count else None
         out.append(words(area.left + side * j + middle, area.top + side * i + middle + 4, text, ink, size, "middle", bold))

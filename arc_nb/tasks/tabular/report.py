@@ -95,6 +95,17 @@ class Report:
         shown = list(self.evaluations) if target is None else [target]
         return sheet(_rows(self, shown), self.name, "; ".join([self.about, *self.notes]), _facts(self, shown), theme, width)
 
+    def save(self, folder: str | Path) -> Path:
+        "Writes evaluation.json and evaluation.svg, and says where the first one is; NaN becomes null."
+        path = Path(folder) / "evaluation.json"
+        plain = lambda scores: {name: value if value == value else None for name, value in scores.items()}
+        targets = {t: {"kind": e.kind, "rows": e.rows, "labels": e.answers.labels, "metrics": plain(e.metrics)}
+                   for t, e in self.evaluations.items()}
+        found = {"name": self.name, "about": self.about, "notes": self.notes, "uses": self.uses, "targets": targets}
+        path.write_text(json.dumps(found, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
+        path.with_suffix(".svg").write_text(self.picture(), encoding="utf-8")
+        return path
+
     def _repr_svg_(self) -> str: return self.picture()
 
     def __repr__(self) -> str:
