@@ -6,11 +6,12 @@ Docs: https://arc-nb.github.io/arc_nb/track/tensorboard.html.md"""
 
 # %% auto #0
 __all__ = ['SAMPLE', 'BINS', 'SHARE', 'PAUSE', 'sampled', 'add_histogram', 'Ear', 'ByName', 'add_graph', 'add_settings',
-           'EventFiles', 'TensorBoard', 'Server', 'serve']
+           'wait_for_name', 'EventFiles', 'TensorBoard', 'Server', 'serve']
 
 # %% ../../nbs/track/34c_tensorboard.ipynb #02a7dcb8
 import contextlib
 import io
+import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -107,11 +108,19 @@ def add_settings(
     return ended
 
 # %% ../../nbs/track/34c_tensorboard.ipynb #4338c73a
+def wait_for_name(
+    folder: Path,  # of event files
+) -> None:
+    """Waits for the next second where another process has begun a file in this one: files are read in the order of their names."""
+    mine = f".{os.getpid()}."
+    while any(f".{int(time.time()):010d}." in path.name and mine not in path.name for path in folder.glob("events.*")): time.sleep(0.02)
+
 SHARE = 0.01  # of the time, that histograms may take
 PAUSE = 1.0   # seconds between two of them, at least
 
 class EventFiles(Tracker):
     """Begins event files, and writes the curves into them."""
+    again = True
     writer: "SummaryWriter | None" = None
     ear: Ear | None = None
     ended: Any = None  # what says that the settings have their result
@@ -134,7 +143,8 @@ class EventFiles(Tracker):
         from torch.utils.tensorboard import SummaryWriter
         folder = folder_of(trainer, self.given, "tensorboard")
         fresh = not any(folder.glob("events.*"))
-        purge = None if fresh else trainer.status.step + 1  # what an earlier, killed run wrote beyond is not shown
+        purge = None if fresh else trainer.status.step  # what was written from there on is told again, or a killed run's own
+        if not fresh: wait_for_name(folder)
         self.writer, self.due = SummaryWriter(str(folder), purge_step=purge, flush_secs=2), 0.0
         setup = trainer.setup
         if fresh and self.graph and setup.example is not None and setup.compute.objective is not None and not trainer.sharded:
@@ -154,7 +164,8 @@ class TensorBoard(EventFiles):
     def on_step_start(self, trainer: Any) -> None:
         if not self.histograms or self.failed or self.ear is not None or time.monotonic() < self.due: return
         self.ear = Ear()
-        if trainer.setup.step.heard is None and not trainer.setup.ranks.many: trainer.setup.step.heard = self.ear
+        alone = not trainer.setup.ranks.many and trainer.setup.given["compile"] != "step"  # which would make this step in another way
+        if trainer.setup.step.heard is None and alone: trainer.setup.step.heard = self.ear
 
     def on_step_end(self, trainer: Any) -> None:
         if self.ear is None: return
