@@ -188,7 +188,7 @@ class Ran:
 
     def _repr_html_(self) -> str: return f"<div style='overflow-x:auto'>{self.picture}</div>"
 
-
+# %% ../../nbs/tables/52c_steps.ipynb #08f6fe4c
 @dataclass(frozen=True)
 class Steps:
     """An Arc-Pipeline."""
@@ -233,7 +233,7 @@ class Steps:
 
     def _repr_html_(self) -> str: return f"<div style='overflow-x:auto'>{self.picture}</div>"
 
-
+# %% ../../nbs/tables/52c_steps.ipynb #5f73478c
 def _counted(connection: "duckdb.DuckDBPyConnection", made: Made) -> Made:
     """A step's table as it is at the end, after all that was executed on it."""
     if made.type == "execute" or made.name.casefold() not in {n.casefold() for n in _scratch(connection)}: return made

@@ -201,7 +201,7 @@ class Tables(Taking):
         what = source_of(source, encoding)
         if table is None and what.kind == "frame": raise ValueError("load(frame): give the table a name, load(frame, 'customers')")
         name = check_name(table if table is not None else what.name)
-        with self.open() as connection: return read(connection, what, name, self._old(connection, name, replace, "load"))
+        with self.open() as connection: return read(connection, what, name, _old(connection, name, replace, "load"))
 
     def write(self, table: str, frames: "pd.DataFrame | Iterable[pd.DataFrame]", replace: bool = True) -> int:
         """Makes a table of a frame or of several, one after the other, and returns its rows; nothing changes unless all come."""
@@ -210,7 +210,7 @@ class Tables(Taking):
         with TemporaryDirectory(prefix="arc-write-") as folder:
             staged(frames if not isinstance(frames, pd.DataFrame) else [frames], Path(folder))
             parts = source_of(f"SELECT * FROM read_parquet({literal(Path(folder) / '*.parquet')}, union_by_name = true)")
-            with self.open() as connection: return read(connection, parts, table, self._old(connection, table, replace, "write"))
+            with self.open() as connection: return read(connection, parts, table, _old(connection, table, replace, "write"))
 
     def append(self, table: str, frame: "pd.DataFrame") -> int:
         """Adds rows by column name, in a new table if there is none, and returns how many; columns that the table lacks are added."""
@@ -234,11 +234,12 @@ class Tables(Taking):
             name = found(connection, table)
             connection.execute(f"DROP {known(connection)[name]} {quoted(name)}")
 
-    def _old(self, connection: "duckdb.DuckDBPyConnection", table: str, replace: bool, call: str) -> str:
-        """What is to be replaced, "" for nothing; ValueError where that was not asked for."""
-        kind = {name.casefold(): kind for name, kind in known(connection).items()}.get(table.casefold(), "")
-        if not kind or replace: return kind
-        raise ValueError(f"there is a {kind} {table!r} already: {call}(..., replace=True) replaces it, or take another name")
+# %% ../../nbs/tables/51_store.ipynb #0b865242
+def _old(connection: "duckdb.DuckDBPyConnection", table: str, replace: bool, call: str) -> str:
+    """What is to be replaced, "" for nothing; ValueError where that was not asked for."""
+    kind = {name.casefold(): kind for name, kind in known(connection).items()}.get(table.casefold(), "")
+    if not kind or replace: return kind
+    raise ValueError(f"there is a {kind} {table!r} already: {call}(..., replace=True) replaces it, or take another name")
 
 
 def staged(
