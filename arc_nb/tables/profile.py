@@ -87,7 +87,8 @@ class Profile:
         import pandas as pd
         keep = "name type kind missing distinct least most mean std length".split()
         rows = [{k: getattr(c, k) for k in keep} | {"top": next(iter(c.values), None)} for c in self.columns.values()]
-        return pd.DataFrame(rows, columns=[*keep, "top"])
+        frame = pd.DataFrame(rows, columns=[*keep, "top"], dtype=object)
+        return frame.astype({"missing": int, "distinct": int} | dict.fromkeys(("mean", "std", "length"), float))
 
     def __repr__(self) -> str:
         return f"Profile({self.name!r}: {self.rows:,} rows, {len(self.columns)} columns)"

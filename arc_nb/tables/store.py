@@ -159,7 +159,7 @@ class Taking(Looking):
         with self.open() as connection: _copy(connection, query or _select(connection, table), path, "zstd")
         return path
 
-
+# %% ../../nbs/tables/51_store.ipynb #50cfa99c
 def parquet_batches(
     path: str | Path,     # of a Parquet file
     rows: int = 100_000,  # of a batch
