@@ -35,7 +35,7 @@ class Matrix:
         rows = self.counts.sum(1, keepdims=True)
         return np.divide(self.counts, rows, out=np.zeros(self.counts.shape), where=rows > 0)
 
-    def high(self) -> float: return HIGH + 12 * max(0, min(len(self.names), 11) - 5)
+    def high(self) -> float: return HIGH + 20 * max(0, min(len(self.names), 11) - 5)
 
     def draw(self, box: Box) -> str:
         "Markup in a rectangle."
@@ -71,10 +71,10 @@ def _counts(matrix: Matrix, area: Box, side: float) -> str:
     for i, j in np.ndindex(*matrix.counts.shape):
         count = int(matrix.counts[i, j])
         text = f"{count:,}" if count < 100_000 else f"{count:.2g}"
-        size = 11.5 if side >= max(15, 7 * len(text) + 4) else 10
-        if side < max(13, 5.7 * len(text) + 2): continue
+        size = 11.5 if side >= max(15, 7 * len(text) + 4) else 9
+        if side < max(13, 5.4 * len(text) + 3): continue
         ink = "bg" if shares[i, j] > .5 else "fg" if count else "faint"
-        bold = 600 if i == j and count else None
+        bold = 600 if i == j and count and size > 9 else None
         out.append(words(area.left + side * j + middle, area.top + side * i + middle + 4, text, ink, size, "middle", bold))
     return "".join(out)
 

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from ...draw.figures import figure
-from ...draw.panels import Panel, pages, sheet
+from ...draw.panels import Panel, sheet
 from ...draw.svg import number
 from . import curves
-from .pictures import panel_of, panels_of
+from .pictures import laid_out, panel_of
 from .scores import Answers, checked, interval, metric_named, scored
 
 # %% ../../../nbs/tasks/74d_evaluation.ipynb #2e5938cb
@@ -117,9 +117,8 @@ class Evaluation(Curved):
     def picture(self, which: str | None = None, theme: str = "auto", width: int | None = None) -> str:
         "The sheet, or one panel of it, as SVG text; width in pixels."
         if which is not None: return sheet([[self.panel(which)]], theme=theme, width=width or 420)
-        drawn = panels_of(self.answers, self.cost)
-        rows = pages(drawn, 2 if len(drawn) == 4 else 3)
-        return sheet(rows, self.name or "evaluation", f"{self.rows:,} rows", facts(self.kind, self.metrics), theme, width or 780)
+        rows, name = laid_out(self.answers, self.cost), self.name or "evaluation"
+        return sheet(rows, name, f"{self.rows:,} rows", facts(self.kind, self.metrics), theme, width or 780)
 
     def figure(self, which: str | None = None, theme: str = "light") -> Any:
         "A panel as a plotly figure; without a name the confusion, or predictions against truth."

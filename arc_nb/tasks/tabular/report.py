@@ -22,7 +22,7 @@ from .columns import numbers
 from .evaluation import Evaluation, facts
 from .importance import Importance, importance
 from .model import TabularModel, forward
-from .pictures import panels_of
+from .pictures import laid_out, panels_of
 from .scores import METRICS, checked, metric_named, scored
 from .targets import Target, heads_of, in_units, to_target
 
@@ -114,10 +114,7 @@ class Report:
 # %% ../../../nbs/tasks/76_report.ipynb #13d68178
 def _rows(report: Report, shown: Sequence[str]) -> list[list[Panel]]:
     "The panels of the targets, row by row."
-    if len(shown) == 1:
-        e = report[shown[0]]
-        drawn = panels_of(e.answers, e.cost)
-        rows = pages(drawn, 2 if len(drawn) == 4 else 3)
+    if len(shown) == 1: rows = laid_out(report[shown[0]].answers, report[shown[0]].cost)
     else: rows = [[_titled(p, f"{t}: {p.title if p.title == 'ROC' else p.title.lower()}")
                    for p in panels_of(report[t].answers, report[t].cost, _MAIN[report[t].kind])] for t in shown]
     asked = [t for t in shown if t in report.importances]
