@@ -6,7 +6,7 @@ Docs: https://arc-nb.github.io/arc_nb/graph/catalogue.html.md"""
 
 # %% auto #0
 __all__ = ['LAYERS', 'MOST', 'LARGEST', 'LOSSES', 'CLASSES', 'OPTIMIZERS', 'METRICS', 'Op', 'operations', 'register_layer',
-           'custom_layers', 'names', 'find', 'values', 'make', 'find_loss', 'loss_module', 'find_optimizer']
+           'custom_layers', 'names', 'find', 'values', 'typed', 'make', 'find_loss', 'loss_module', 'find_optimizer']
 
 # %% ../../nbs/graph/60c_catalogue.ipynb #5b2549f3
 import functools
@@ -210,8 +210,30 @@ def values(
         raise ValueError(f"{op.type} has no parameter {shorten(name)!r}{hint}")
     return {name: _value(op, name, value) for name, value in params.items()}
 
+@functools.cache
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    "Defaults of a Python function or class, which show what a parameter is."
+    try: return {p.name: p.default for p in inspect.signature(function).parameters.values() if p.default is not p.empty}
+    except (TypeError, ValueError): return {}  # compiled
+
+def typed(
+    function: Callable[..., Any],  # a class or function
+    name: str,                     # one of its parameters
+    value: Any,
+) -> Any:
+    "A value of the kind that the parameter's default has: yes or no, a number; ValueError for another kind."
+    default = _defaults(function).get(name)
+    if isinstance(default, bool) and not isinstance(value, bool): raise ValueError(f"{name} is true or false, not {shorten(repr(value))}")
+    if isinstance(default, (int, float)) and isinstance(value, str):
+        value = plain(value.strip())
+        if isinstance(value, str): raise ValueError(f"{name} is a number, not {shorten(repr(value))}")
+    if name == "label_smoothing" and not (isinstance(value, (int, float)) and 0 <= value <= 1):
+        raise ValueError(f"label_smoothing is a share from 0 to 1, not {shorten(repr(value))}")
+    return value
+
 def _value(op: Op, name: str, value: Any) -> Any:
     "One parameter."
+    if op.kind != "custom": value = typed(op.make, name, value)
     if isinstance(value, dict): return _nested(op, name, value)
     if isinstance(value, (list, tuple)): return [_value(op, name, v) for v in value]
     if isinstance(value, str) and op.kind != "custom": value = plain(value.strip())

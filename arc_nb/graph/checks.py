@@ -23,7 +23,7 @@ from ..engine.strategies import STRATEGIES
 from ..engine.telling import warn
 from .build import Misfit, shapes
 from .filling import room, width
-from .catalogue import CLASSES, METRICS, find_loss, find_optimizer, loss_module, values
+from .catalogue import CLASSES, METRICS, Op, find_loss, find_optimizer, loss_module, make, typed, values
 from .network import expanded, inner, matched, operation, order, refer, refs, several
 from .spec import DTYPES, Graph, Input, Loss, Module, Node, Training
 from ..marks import Path_, shorten
@@ -53,6 +53,12 @@ def node_faults(
         for path, text in _node_faults(node, types, library, named): yield (*at, k, *path), f"(node {node.name!r}) {text}"
     if len(seen) == len({n.name for n in nodes}) + len(entries): yield from _tried(at, lambda: order(nodes))
 
+def _made(op: Op, params: Mapping[str, Any]) -> None:
+    "Make a layer without memory, so that PyTorch judges its parameters."
+    if op.function: values(op, params)
+    else:
+        with torch.device("meta"): make(op, params)
+
 def _node_faults(node: Node, types: Mapping[str, str], library: Mapping[str, Module], named: Mapping[str, list[str]]) -> Iterator[Fault]:
     "What is wrong with one node by itself."
     for place, ref in refs(node.inputs):
@@ -61,11 +67,7 @@ def _node_faults(node: Node, types: Mapping[str, str], library: Mapping[str, Mod
     except ValueError as error:
         yield ("params",) if node.type == "arc.stack" else ("type",), str(error)
         return
-    try: given = values(op, node.params)
-    except ValueError as error: yield ("params",), str(error)
-    else:
-        missing = [name for name, needed in op.params.items() if needed and name not in given and not op.function]
-        if missing: yield ("params",), f"{op.type} needs {' and '.join(missing)}"
+    if op.kind not in ("module", "stack"): yield from _tried(("params",), lambda: _made(op, node.params))
     yield from _tried(("inputs",), lambda: matched(op, node.inputs, node.params))
 
 # %% ../../nbs/graph/60f_checks.ipynb #e85f55fb
@@ -109,9 +111,9 @@ def _optimizer(trainer: Training) -> torch.optim.Optimizer:
     "The optimizer on one weight; ValueError for parameters it does not take."
     cls, asked = find_optimizer(trainer.optimizer.type), trainer.optimizer.params
     check_options("optimizer", trainer.optimizer.type, cls, asked, skip=["params", "lr"])
-    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in asked.items()}
+    given: dict[str, Any] = {k: typed(cls, k, tuple(v) if isinstance(v, list) else v) for k, v in asked.items()}
     try: return cls([torch.nn.Parameter(torch.zeros(2))], **{"lr": trainer.optimizer.lr, **given})
-    except (TypeError, RuntimeError, AttributeError) as error:
+    except (TypeError, RuntimeError, AttributeError, IndexError) as error:
         raise ValueError(f"{trainer.optimizer.type} refuses {shorten(asked)}: {shorten(error, 160)}") from None
 
 def _scheduler(trainer: Training) -> None:
@@ -262,13 +264,15 @@ def _found(graph: Graph, profile: Any) -> list[Fault]:
     if profile is not None: found += table_faults(graph, profile)
     if found: return found
     try: sizes = shapes(graph)
-    except Misfit as error: return [(_where(graph, error.node), str(error))]
+    except Misfit as error: return [(_where(graph, error.node, error.module), str(error))]
     except ValueError as error: return [((), str(error))]
     return list(loss_faults(graph, sizes, profile))
 
-def _where(graph: Graph, name: str) -> Path_:
-    "The place of a node by its name."
-    return next((("graph", k) for k, node in enumerate(graph.graph) if node.name == name), ())
+def _where(graph: Graph, name: str, module: str) -> Path_:
+    "The place of a node by its name, in a module where it is in one."
+    at: Path_ = ("modules", module, "graph") if module in graph.modules else ("graph",)
+    nodes = graph.modules[module].graph if module in graph.modules else graph.graph
+    return next(((*at, k) for k, node in enumerate(nodes) if node.name == name), ())
 
 def _outputs_faults(outputs: Mapping[str, str], entries: Iterable[str], nodes: list[Node], library: Mapping[str, Module],
                     at: Path_) -> Iterator[Fault]:

@@ -118,17 +118,20 @@ def _ends(graph: Graph, home: Mapping[str, str], size: Mapping[str, Any]) -> lis
                   sources=[home[ref.split(".")[0]]] if ref.split(".")[0] in home else [], nodes=[name]) for name, ref in outputs.items()]
 
 # %% ../../nbs/graph/61_layout.ipynb #7c3bd645
+def _says(block: Block) -> tuple[Any, ...]:
+    "What makes two blocks alike."
+    return block.kind, block.text, tuple(block.chips), block.name if block.kind in ("input", "output") else ""
+
 def folded(found: Sequence[Block]) -> list[Block]:
     "The blocks, groups of at least three alike as one with a count."
     by = {block.name: block for block in found}
     leads: dict[str, list[str]] = {block.name: [] for block in found}
     for block in found:
         for name in block.sources: leads[name].append(block.name)
-    says: Any = lambda b: (b.kind, b.text, tuple(b.chips), b.name if b.kind in ("input", "output") else "")
     up: dict[str, Any] = {}
     down: dict[str, Any] = {}
-    for b in found: up[b.name] = hash((says(b), tuple(sorted(up.get(s, 0) for s in b.sources))))
-    for b in reversed(found): down[b.name] = hash((says(b), tuple(sorted(down.get(d, 0) for d in leads[b.name]))))
+    for b in found: up[b.name] = hash((_says(b), tuple(sorted(up.get(s, 0) for s in b.sources))))
+    for b in reversed(found): down[b.name] = hash((_says(b), tuple(sorted(down.get(d, 0) for d in leads[b.name]))))
     groups: dict[Any, list[str]] = {}
     for b in found: groups.setdefault((up[b.name], down[b.name]), []).append(b.name)
     stands = {name: group[0] if len(group) > 2 else name for group in groups.values() for name in group}

@@ -155,7 +155,7 @@ class Network(nn.Module):
     "Nodes connected as a graph says."
     def __init__(self, inputs: Sequence[str], nodes: Sequence[Node], outputs: Mapping[str, str], library: Mapping[str, Module]) -> None:
         super().__init__()
-        self.inputs, self.layers = list(inputs), nn.Module()
+        self.inputs, self.layers, self.module = list(inputs), nn.Module(), ""  # module: its name in the file's library
         self.named = {node.name: several(node, library) for node in nodes}
         self.types = {**dict.fromkeys(inputs, ""), **{node.name: node.type for node in nodes}}
         ready = {node.name: self.step(node, library) for node in nodes}
@@ -255,7 +255,10 @@ def operation(
         takes = "it takes module and count" if stack else "a module takes none"
         raise ValueError(f"{node.type} has no parameter {min(extra)!r}: {takes}")
     part = library[name]
-    network = lambda: Network(part.inputs, part.graph, part.outputs, library)
+    def network() -> Network:
+        made = Network(part.inputs, part.graph, part.outputs, library)
+        made.module = name
+        return made
     made = (lambda **_: Stack([network() for _ in range(count)])) if stack else lambda **_: network()
     return Op(node.type, "stack" if stack else "module", made, {"module": True, "count": False} if stack else {},
               dict.fromkeys(part.inputs, True))

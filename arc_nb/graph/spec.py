@@ -24,7 +24,7 @@ def _no_bool(value: Any) -> Any:
     return value
 
 Whole = Annotated[int, BeforeValidator(_no_bool)]
-Count = Annotated[int, BeforeValidator(_no_bool), Field(gt=0)]                    # 1, 2, 3 ...
+Count = Annotated[int, BeforeValidator(_no_bool), Field(gt=0, le=2**31)]                    # 1, 2, 3 ...
 Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1)]            # 0 to 1
 NotLess = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)]  # 0 or more

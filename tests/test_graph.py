@@ -1,0 +1,276 @@
+"""Arc-Graphs from files: five dialects of one model, and hundreds of malformed ones, none of which runs anything."""
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from arc_nb.graph.build import build, complete, parameter_counts, shapes
+from arc_nb.graph.catalogue import operations, register_layer
+from arc_nb.graph.checks import faults
+from arc_nb.graph.dryrun import dry_run
+from arc_nb.graph.filling import expand
+from arc_nb.graph.picture import picture
+from arc_nb.graph.spec import Graph
+from arc_nb.marks import read_yaml, write_yaml
+
+DATA = Path(__file__).parent / "data" / "graphs"
+GOOD = ["a", "b", "c", "e", "towers", "sequence"]
+read = lambda name: Graph.from_yaml(DATA / f"{name}.yaml", DATA / "d_trainer.yaml") if name == "d_model" else Graph.from_yaml(DATA / f"{name}.yaml")
+
+# ---- what is good
+
+def test_five_dialects_are_one_model():
+    first = read("a")
+    weights = build(first).state_dict()
+    for name in ("b", "c", "d_model", "e"):
+        graph = read(name)
+        state = build(graph).state_dict()
+        assert [(k, v.shape) for k, v in state.items()] == [(k, v.shape) for k, v in weights.items()]
+        assert graph.graph == first.graph and graph.inputs == first.inputs and graph.outputs == first.outputs
+        trainer = graph.trainer.model_copy(update={"loss": [loss.model_copy(update={"input": None}) for loss in graph.trainer.loss]})
+        assert trainer == first.trainer
+    assert read("d_model").name == "diabetes"
+
+@pytest.mark.parametrize("name", [*GOOD, "d_model"])
+def test_there_and_back(name):
+    graph = read(name).check()
+    again = Graph.from_yaml(graph.to_yaml())
+    assert again == graph and again.to_yaml() == graph.to_yaml() and "model:" not in graph.to_yaml().splitlines()
+
+def test_the_guides_fragment_has_its_weights_and_trains():
+    graph = read("fragment")
+    assert sum(p.numel() for p in build(graph).parameters()) == 8 * 64 + 64 == sum(parameter_counts(graph).values())
+    whole = expand(complete(graph.with_target("outcome")), ["outcome", "age", "bmi", "glucose", *"abcde"])
+    assert len(whole.inputs["features"].columns) == 8 and whole.notes and build(whole)(torch.rand(3, 8)).shape == (3, 1)
+    assert dry_run(whole, torch.rand(16, 8), torch.arange(16) % 2).success
+
+@pytest.mark.parametrize("name", GOOD)
+def test_shapes_without_memory_are_those_of_a_run(name):
+    graph = read(name)
+    inputs = {k: torch.randint(3, (6, *i.shape[1:])) if i.categorical else torch.rand(6, *i.shape[1:]) for k, i in graph.inputs.items()}
+    state = torch.get_rng_state()
+    sizes, model = shapes(graph), None
+    assert torch.equal(state, torch.get_rng_state())  # looking draws no random numbers
+    model = build(graph)
+    out = model(**inputs)
+    out = out if isinstance(out, dict) else {next(iter(graph.outputs)): out}
+    for key, value in out.items(): assert sizes[graph.outputs[key].split(".")[0]] == (None, *value.shape[1:])
+    torch.manual_seed(1)
+    again = build(graph)
+    again.load_state_dict(model.state_dict())
+    model.eval(), again.eval()
+    first = model(*inputs.values())
+    second = again(**inputs)
+    for key in out:
+        assert torch.equal(first[key] if isinstance(first, dict) else first, second[key] if isinstance(second, dict) else second)
+
+def test_every_layer_of_the_table_answers_for_its_parameters():
+    assert len([t for t, op in operations().items() if not op.function]) >= 94 and len([t for t,
+                                                                                        op in operations().items() if op.function]) >= 53
+    for op in operations().values(): assert "self" not in op.params and op.args, op.type
+
+def test_a_registered_layer_is_used_by_its_name():
+    class Twice(torch.nn.Module):
+        def forward(self, x): return 2 * x
+    register_layer("Twice", Twice)
+    graph = Graph.from_yaml("inputs: {x: {shape: [null, 2]}}\ngraph: [{name: t, type: custom.Twice, inputs: {x: x}}]")
+    assert build(graph)(torch.ones(1, 2)).tolist() == [[2, 2]]
+    for wrong in (torch.nn.ReLU(), "a b", print):
+        with pytest.raises((TypeError, ValueError)): register_layer(wrong) if not isinstance(wrong, str) else register_layer(wrong, Twice)
+
+@pytest.mark.parametrize("name", [*GOOD, "fragment"])
+def test_pictures_are_drawn(name):
+    text = picture(read(name))
+    assert text.startswith("<svg") and "<script" not in text and len(text) < 40_000
+
+def test_names_from_a_file_stay_text_in_the_picture():
+    text = picture(Graph.from_yaml("name: '<script>alert(1)</script>'\ninputs: {x: {shape: [null, 2]}}\ngraph: [{name: t, type: '<b>', inputs: [x]}]"))
+    assert "<script>" not in text and "<b>" not in text
+
+# ---- what is malformed
+
+EVIL = ["os.system", "builtins.eval", "builtins.exec", "subprocess.Popen", "torch.load", "torch.hub.load", "torch.nn.Module",
+        "torch.nn.Linaer",
+        "__import__('os').system('touch pwned')", "torch.ops.aten.add", "custom.Nope", "module.Nope", "torch.nn.functional", "torch", "",
+        "arc.stac",
+        "torch.nn.utils.skip_init", "torch.compile", "numpy.load", "torch.nn.Sequential"]
+
+def places(value, path=()):
+    "Every place in plain data."
+    yield path, value
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(inner, (*path, key))
+
+def changed(value, path, new):
+    "A copy with another value at a place; DROP takes the key out, a function is called with the old value."
+    value = copy.deepcopy(value)
+    inner = value
+    for key in path[:-1]: inner = inner[key]
+    if new is DROP: del inner[path[-1]]
+    else: inner[path[-1]] = new(inner[path[-1]]) if callable(new) else new
+    return value
+
+def renamed(value, path, new):
+    "A copy with another key at a place."
+    value = copy.deepcopy(value)
+    inner = value
+    for key in path[:-1]: inner = inner[key]
+    items = [(new if k == path[-1] else k, v) for k, v in inner.items()]
+    inner.clear(), inner.update(items)
+    return value
+
+DROP = object()
+WRONG = {"shape": ["eight", [], [None, -8], [None, "x"], [None, 3.5], [None, 2**70], {}], "dtype": ["complex64", 8, "os.system", []],
+         "columns": [["age", "age"], "age", [1, {"a": 2}]], "epochs": [0, -5, "many", True, 2.5, [], None], "batch_size": [0, -1, "x",
+                                                                                                                           True, 1.5],
+         "lr": [0, -1, "fast", True, [1], float("nan"), float("inf")], "validation_split": [1, -0.1, "x", 2], "in_features": [-1,
+                                                                                                                              "__import__('os')", 10**12, None, [4], 5],
+         "out_features": [-3, "many", 10**12], "count": [0, -1, 10**9, "x", 1.5, True], "embedding_dim": [0, "x", None], "vocab_size": [0,
+                                                                                                                                        -2, None],
+         "metrics": [["acuracy"], "accuracy", [1]], "seed": ["x", True], "weight": [-1, 0, "x"], "delta": [-1, "x"], "momentum": [-1, "x"],
+         "weight_decay": [-1, "x"], "gradient_clip_norm": [0, -1, "x"], "early_stopping_patience": [0, -1, "x", 1.5],
+         "num_layers": [10**9, "x"],
+         "num_heads": [3, 0, "x"], "hidden_size": [0, -1, "x", None], "betas": [[2, 3], "x", [0.9]], "_target_": ["builtins.eval",
+                                                                                                                  "os.system", "torch.relu", 7],
+         "kind": ["bytes", 3], "by": ["luck", 1], "nesterov": ["perhaps"], "label_smoothing": [3, "x"], "categorical": ["perhaps", 7],
+         "floor": [7, "x"]}
+CODE = ["!!python/object/apply:os.system ['touch pwned']", "!!python/name:os.system",
+        "!!python/object/new:subprocess.Popen [['touch', 'pwned']]",
+        "!!python/module:os", "!!python/object/apply:builtins.eval ['open(\"pwned\", \"w\")']", "!!set {a}", "!Ref x", "!!binary aGk="]
+
+def mutations():
+    "Name, text, and the place that the message has to tell of, for every malformed graph."
+    for base in ("a", "c", "e", "towers", "sequence"):
+        data = read_yaml(DATA / f"{base}.yaml").value
+        for path, value in places(data):
+            key = path[-1] if path else None
+            where = f"{base}: {'.'.join(map(str, path))}"
+            if key == "type" and "graph" in path:
+                for evil in EVIL: yield f"{where} = {evil}", changed(data, path, evil), path
+            if key in ("type", "name", "graph", "inputs", "shape", "in_features", "out_features", "input_size", "embed_dim", "module",
+                       "vocab_size") and not (
+                    key == "name" and len(path) == 1 or key == "inputs" and "loss" in path or key == "type" and "optimizer" in path):
+                yield f"{where} dropped", changed(data, path, DROP), path[:-1]
+            if isinstance(key, str) and path[-2:-1] not in (("outputs",), ("modules",)) and not (path[-2:-1] == ("inputs",
+                                                                                                                 ) and len(path) < 4 and "graph" not in path):
+                if path[-2:-1] != ("columns",) and key not in ("model",):
+                    yield f"{where} misspelt", renamed(data, path, key + "q"), (*path[:-1], key + "q")
+            if isinstance(value, str) and (path[-2:-1] in (("inputs",), ("outputs",)) or path[-2:-1] == ("tensors",
+                                                                                                         )) and "loss" not in path and not (path[0] == "modules" and len(path) == 4):
+                for ref in ("nothing.output", value.split(".")[0] + ".banana", "__class__", value + ".9.x", "", "../../etc/passwd"):
+                    yield f"{where} -> {ref!r}", changed(data, path, ref), path
+            for new in WRONG.get(key, []): yield f"{where} = {str(new)[:30]}", changed(data, path, new), path
+            if isinstance(value, (dict, list)) and path and key not in ("params", "config", "columns", "betas", "metrics", "shape",
+                                                                        "inputs", "tensors", "outputs", "modules"):
+                yield f"{where} a word", changed(data, path, "word"), path
+    text = (DATA / "a.yaml").read_text()
+    for k, code in enumerate(CODE):
+        yield f"tag {k} as a type", text.replace("type: torch.nn.ReLU", f"type: {code}"), ("tag",)
+        yield f"tag {k} as a parameter", text.replace("out_features: 16", f"out_features: {code}"), ("tag",)
+    for k, (old, new) in enumerate([("graph:", "graph:\n\t- x"), ("[null, 4]", "[null, 4"), ("epochs: 5", "epochs: 5\n  epochs: 6"),
+                                    ("relu.output", "relu.output: x: y"),
+                                    ("dtype: float32", "<<: {dtype: float32}"), ("name: relu\n", "name: hidden\n"), ("name: relu\n",
+                                                                                                                     "name: features\n"),
+                                    ("input: hidden.output", "input: sigmoid.output"), ("input: hidden.output", "inputt: hidden.output"),
+                                    ("input: hidden.output", "input: [hidden.output, hidden.output]"), ("lr: 0.01",
+                                                                                                        "lr: 0.01\n      learning_rate: 0.1"),
+                                    ("target: outcome", "target: age"), ("target: outcome", "target: [outcome, other]\n  target_output_key: nope"),
+                                    ("loss: torch.nn.BCELoss", "loss: torch.nn.BCLoss"), ("loss: torch.nn.BCELoss",
+                                                                                          "loss: torch.nn.CTCLoss"), ("loss: torch.nn.BCELoss", "loss: []"),
+                                    ("loss: torch.nn.BCELoss", "loss: torch.nn.CrossEntropyLoss"), ("torch.optim.AdamW",
+                                                                                                    "torch.optim.Lion"), ("torch.optim.AdamW", "os.system"),
+                                    ("columns: [age, bmi, glucose, pressure]", "columns: [age, age, glucose, pressure]"), ("columns: [age, bmi, glucose, pressure]", "columns: [age, ..., bmi]"),
+                                    ("columns: [age, bmi, glucose, pressure]", "columns: [a, b, c, d, e]"), ("epochs: 5",
+                                                                                                             "epochs: 5\n  device: tpu9"), ("epochs: 5", "epochs: 5\n  strategy: magic"),
+                                    ("epochs: 5", "epochs: 5\n  scheduler: cosin"), ("epochs: 5",
+                                                                                     "epochs: 5\n  scheduler: {type: torch.optim.lr_scheduler.LambdaLR, params: {lr_lambda: 'eval'}}"),
+                                    ("epochs: 5", "epochs: 5\n  early_stopping_monitor: luck"), ("epochs: 5",
+                                                                                                 "epochs: 5\n  mixed_precision: fp8"), ("epochs: 5", "epochs: 5\n  callbacks: [os.system]"),
+                                    ("outputs:", "output:"), ("out_features: 16", "out_features: vars.nothing"), ("out_features: 16",
+                                                                                                                  "out_features: {a: 1}"),
+                                    ("out_features: 16", "out_features: 16\n      device: cuda"), ("out_features: 16",
+                                                                                                   "out_features: 16\n      __class__: x"), ("sigmoid.output", "out.output")]):
+        yield f"text {k}: {new[:40]!r}", text.replace(old, new), ("text",)
+    for k, whole in enumerate(["", "just words", "- a\n- b", "42", "inputs: {}", "inputs: {x: {shape: [null, 1]}}\ngraph: []",
+                               "a: &a [*a]", "[" * 5000, "{" * 5000, "a: 1\n---\nb: 2", "\x00",
+                               "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(f"{n}: &{n} [{','.join([f'*{p}'] * 9)}]\n" for p,
+                                                                       n in zip("abcdefgh", "bcdefghi")), "model: 3", "nothing_there.yaml",
+                               "inputs: {x: {shape: [null, 2]}}\nmodules: {m: {inputs: [x], graph: [{name: a, type: module.m, inputs: [x]}], outputs: {y: a}}}\ngraph: [{name: z, type: module.m, inputs: [x]}]",
+                               "inputs: {x: {shape: [null, 2]}}\nmodules:\n" + "".join(f"  m{k}: {{inputs: [x], outputs: {{y: a}}, graph: [{{name: a, type: arc.stack, params: {{module: m{k + 1}, count: 99}}, inputs: [x]}}]}}\n"
+                                                                                      for k in range(6)) + "  m6: {inputs: [x], outputs: {y: a}, graph: [{name: a, type: torch.relu, inputs: [x]}]}\n"
+                               "graph: [{name: z, type: module.m0, inputs: [x]}]"]):
+        yield f"whole {k}", whole, ("text",)
+
+MUTANTS = list(mutations())
+WATCHED: list[str] = []
+WATCH = False
+def _audit(event, args):
+    if WATCH and (event in ("os.system", "subprocess.Popen", "os.exec", "os.fork", "os.spawn", "shutil.rmtree", "os.remove", "os.mkdir",
+                            "socket.connect")
+                  or event == "open" and isinstance(args[1], str) and any(c in args[1] for c in "wax+")): WATCHED.append(f"{event} {args}")
+sys.addaudithook(_audit)
+
+def refused(text):
+    "The message of a graph that should be refused; None where it was not."
+    global WATCH
+    WATCHED.clear()
+    WATCH = True
+    try: Graph.from_yaml(text).check()
+    except ValueError as error: return str(error)
+    finally: WATCH = False
+    return None
+
+def test_there_are_hundreds():
+    assert len(MUTANTS[::5]) >= 300
+    print(f"{len(MUTANTS)} malformed graphs")
+
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_malformed_graphs_are_refused_with_their_place(monkeypatch, tmp_path, every):
+    monkeypatch.chdir(tmp_path)
+    bad = []
+    for name in GOOD: build(read(name))  # what torch imports when it is first used is none of a file's doing
+    for name, value, path in MUTANTS[::every]:
+        text = value if isinstance(value, str) else write_yaml(value)
+        try: message = refused(text)
+        except Exception as error: bad.append(f"{name}: raised {type(error).__name__}: {error}"); continue
+        if message is None: bad.append(f"{name}: accepted"); continue
+        if WATCHED: bad.append(f"{name}: did {WATCHED}")
+        if path in (("tag",), ("text",)):
+            if name.startswith(("tag", "text")) and "line " not in message: bad.append(f"{name}: no line in {message!r}")
+            continue
+        marked = read_yaml(text)
+        inside = [p for p, _ in places(value_at(marked.value, path))]
+        lines = {marked.line(path[:k]) for k in range(1, len(path) + 1)} | {marked.line((*path, *p))
+                                                                            for p in inside} | ({1} if not path else set())
+        told = {f"line {n}" for n in lines} | {repr(key) for key in path if isinstance(key, str)}
+        node = next((value_at(marked.value, path[:k]).get("name") for k in range(len(path), 0, -1) if isinstance(value_at(marked.value,
+                                                                                                                          path[:k]), dict)), None)
+        if not any(t in message for t in told) and not (node and repr(node) in message) and "is missing" not in message:
+            bad.append(f"{name}: the place is not told (lines {sorted(lines)}): {message[:300]}")
+    assert not list(tmp_path.iterdir())
+    assert not bad, f"{len(bad)} of {len(MUTANTS)}:\n" + "\n".join(bad[:60])
+
+def value_at(value, path):
+    "What is at a place, or None."
+    for key in path:
+        try: value = value[key]
+        except (KeyError, IndexError, TypeError): return None
+    return value
+
+def test_all_faults_are_told_at_once():
+    text = (DATA / "a.yaml").read_text().replace("relu.output", "rlu.output").replace("torch.nn.ReLU",
+                                                                                      "torch.nn.RELUU").replace("BCELoss", "BCELos")
+    found = faults(Graph.from_yaml(text))
+    assert len(found) == 3 and all("line " in line for line in found) and "did you mean 'relu'" in " ".join(found)
+
+def test_a_trainers_file_is_named(tmp_path):
+    (tmp_path / "t.yaml").write_text((DATA / "d_trainer.yaml").read_text().replace("  type:", "  tpye:"))
+    with pytest.raises(ValueError, match="t.yaml, line 4, optimizer.tpye"): Graph.from_yaml(DATA / "d_model.yaml", tmp_path / "t.yaml")
+
+def test_reading_imports_nothing_heavy():
+    code = "import sys, arc_nb.graph.spec as s; s.Graph.from_yaml(sys.argv[1]); print([m for m in ('duckdb', 'plotly', 'sklearn', 'pandas') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code, str(DATA / "a.yaml")], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]", done.stdout
