@@ -144,7 +144,7 @@ def explained(
         if m := re.search(pattern, said): return ValueError(f"{_called(source)}{where}: {sentence.format(*m.groups())}")
     reason = "it doesn't look like a CSV file" if "sniffing file" in said or "state machine" in said else first_line(error)
     reason = reason.replace(str(source.content), "the file")
-    return ValueError(f"{_called(source)}{where} can't be read: {reason}")
+    return ValueError(f"{_called(source)}{where} can't be read: {reason.rstrip(':')}")
 
 
 def _called(source: Source) -> str: return Path(str(source.content)).name
@@ -174,6 +174,7 @@ def read(
     found = source if isinstance(source, Source) else source_of(source)
     if found.kind == "excel": found = Source("frame", found.name, plain_frame(_excel(Path(found.content))))
     if found.kind == "frame": connection.register("arc_frame", found.content)
+    if isinstance(found.content, str) and ADDRESS.match(found.content): connection.execute("SET autoinstall_known_extensions = true")
     selects = _selects(found)
     for select in selects:
         try: return _made(connection, f"SELECT * FROM {select}", table, old)
