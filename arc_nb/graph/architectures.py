@@ -122,8 +122,10 @@ def dcn(draft: Draft, inputs: dict[str, Any], style: Style, crosses: int = 3, **
 def attention(draft: Draft, inputs: dict[str, Any], style: Style, heads: int = 4, blocks: int = 2, **_: Any) -> tuple[str, int]:
     """A transformer in which each column is a token."""
     size = heads * math.ceil(32 / heads)
-    x, (act, share) = tokens(draft, inputs, size), (style.activation if isinstance(style.activation, str) else "ReLU", style.dropout if isinstance(style.dropout, float) else 0.1)
-    how = {"d_model": size, "nhead": heads, "dim_feedforward": 2 * size, "dropout": share, "activation": "gelu" if act == "GELU" else "relu", "batch_first": True, "norm_first": True}
+    x, (act, share) = tokens(draft, inputs, size), (style.activation if isinstance(style.activation, str) else "ReLU",
+                                                    style.dropout if isinstance(style.dropout, float) else 0.1)
+    how = {"d_model": size, "nhead": heads, "dim_feedforward": 2 * size, "dropout": share,
+           "activation": "gelu" if act == "GELU" else "relu", "batch_first": True, "norm_first": True}
     for k in range(1, blocks + 1): x = draft.add(f"attention{k}", "TransformerEncoderLayer", how, src=x)
     x = draft.add("mean", "torch.mean", {"dim": 1}, input=x)
     return hidden(draft, draft.add("norm", "LayerNorm", {"normalized_shape": size}, input=x), size, style, "head_")
@@ -162,11 +164,13 @@ def head(
     if wide: out = draft.add(f"wide_and_deep{tail}", "torch.add", None, input=out, other=draft.linear(f"wide{tail}", *wide, goal.units))
     read = name or ("prediction" if goal.kind == "regression" else "logits")
     if goal.kind != "regression":
-        chance = draft.add(f"probability{tail}", *(("Softmax", {"dim": -1}) if goal.loss == "CrossEntropyLoss" else ("Sigmoid", None)), input=out)
+        chance = draft.add(f"probability{tail}", *(("Softmax", {"dim": -1}) if goal.loss == "CrossEntropyLoss" else ("Sigmoid", None)),
+                           input=out)
         if goal.loss == "BCELoss": out, read = chance, name or "probabilities"
         else: ends.outputs[f"{name}_probabilities" if name else "probabilities"] = chance
     ends.outputs = {read: out, **ends.outputs} if not name else {**ends.outputs, read: out}
-    ends.losses.append({"type": f"torch.nn.{goal.loss}", "input": read, "target": goal.target, **({"weight": goal.weight} if goal.weight != 1 else {})})
+    ends.losses.append({"type": f"torch.nn.{goal.loss}", "input": read, "target": goal.target,
+                        **({"weight": goal.weight} if goal.weight != 1 else {})})
 
 def names_of(
     goals: list[Goal],
@@ -194,14 +198,17 @@ def mmoe(draft: Draft, ends: Ends, inputs: dict[str, Any], style: Style, goals: 
         tail = f"_{name}" if name else ""
         gate = draft.add(f"weights{tail}", "Softmax", {"dim": -1}, input=draft.linear(f"gate{tail}", x, width, experts))
         gate = draft.add(f"weight{tail}", "torch.unsqueeze", {"dim": -1}, input=gate)
-        mixed = draft.add(f"mixed{tail}", "torch.sum", {"dim": 1}, input=draft.add(f"weighed{tail}", "torch.mul", None, input=all_, other=gate))
+        mixed = draft.add(f"mixed{tail}", "torch.sum", {"dim": 1}, input=draft.add(f"weighed{tail}", "torch.mul", None, input=all_,
+            other=gate))
         tower, last = hidden(draft, mixed, size, Style([max(16, size // 2)], style.at(0)[0], 0.0), f"tower{tail}_")
         head(draft, ends, tower, last, goal, name)
 
 # %% ../../nbs/graph/62f_architectures.ipynb #7804f7c8
 TRUNKS = {"mlp": mlp, "residual": residual, "dcn": dcn, "attention": attention}
-ARCHITECTURES = {"mlp": "hidden layers one after the other", "dcn": "Deep & Cross v2: learned products of columns beside hidden layers", "mmoe": "experts shared by tasks, a gate a task",
-                 "wide_deep": "columns go to the output directly, and through hidden layers", "residual": "hidden layers with shortcuts", "attention": "a transformer over columns"}
+ARCHITECTURES = {"mlp": "hidden layers one after the other", "dcn": "Deep & Cross v2: learned products of columns beside hidden layers",
+                 "mmoe": "experts shared by tasks, a gate a task",
+                 "wide_deep": "columns go to the output directly, and through hidden layers", "residual": "hidden layers with shortcuts",
+                 "attention": "a transformer over columns"}
 
 def network(
     architecture: str,                  # one of ARCHITECTURES
@@ -211,7 +218,8 @@ def network(
     **own: Any,                         # crosses, experts, heads, blocks
 ) -> dict[str, Any]:
     """Inputs, modules, nodes and outputs of a graph, and its losses; ValueError for an unknown architecture."""
-    if architecture not in ARCHITECTURES: raise ValueError(f"architecture={architecture!r} is unknown: take one of {', '.join(ARCHITECTURES)}")
+    if architecture not in ARCHITECTURES: raise ValueError(f"architecture={architecture!r} is unknown: take one of "
+                                                           f"{', '.join(ARCHITECTURES)}")
     inputs = {name: dict(entry) for name, entry in inputs.items()}
     draft, ends, wide = Draft(), Ends(), None
     if architecture == "mmoe": mmoe(draft, ends, inputs, style, goals, **own)
@@ -219,4 +227,5 @@ def network(
         if architecture == "wide_deep": wide = joined(draft, inputs)
         x, width = hidden(draft, *wide, style) if wide else TRUNKS[architecture](draft, inputs, style, **own)
         for goal, name in zip(goals, names_of(goals)): head(draft, ends, x, width, goal, name, wide)
-    return {"inputs": inputs, **({"modules": draft.modules} if draft.modules else {}), "graph": draft.nodes, "outputs": ends.outputs, "losses": ends.losses}
+    return {"inputs": inputs, **({"modules": draft.modules} if draft.modules else {}), "graph": draft.nodes, "outputs": ends.outputs,
+            "losses": ends.losses}

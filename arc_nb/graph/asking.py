@@ -11,7 +11,7 @@ __all__ = ['Endpoint', 'brief', 'yaml_in', 'accepted', 'proposed']
 from dataclasses import dataclass, field, replace
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 import urllib.error
 import urllib.request
 from .choosing import Reason
@@ -31,7 +31,8 @@ class Endpoint:
     tries: int = 3                  # proposals that may be wrong before the plan stays as it is
 
     def __post_init__(self) -> None:
-        if not re.match(r"https?://", self.url): raise ValueError(f"url={self.url!r} is no address: give http://... or https://..., up to and with /v1")
+        if not re.match(r"https?://",
+                        self.url): raise ValueError(f"url={self.url!r} is no address: give http://... or https://..., up to and with /v1")
 
     def ask(
         self,
@@ -42,13 +43,17 @@ class Endpoint:
         head = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
         request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", body, head)
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as answer: return str(json.loads(answer.read(10_000_000))["choices"][0]["message"]["content"])
+            with urllib.request.urlopen(request,
+                                        timeout=self.timeout) as answer: return str(json.loads(answer.read(10_000_000))["choices"][0][
+                                            "message"]["content"])
         except (urllib.error.URLError, OSError) as error: raise ValueError(f"{self.url} can't be reached: {error}") from None
-        except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error: raise ValueError(f"{self.url} did not answer as a chat endpoint does: {error!r}") from None
+        except (json.JSONDecodeError, KeyError, IndexError,
+                TypeError) as error: raise ValueError(f"{self.url} did not answer as a chat endpoint does: {error!r}") from None
 
 # %% ../../nbs/graph/63b_asking.ipynb #237e0c9c
-_RULES = """You design neural networks for tables as Arc-Graph YAML. Answer with one YAML document in a ```yaml block, and nothing else.
-Use only torch.nn layers and torch functions as node types. Keep `inputs`, `preprocessing`, the targets and their columns as in the example. Change `graph`, `outputs`, `modules` and `trainer` where the instruction asks for it."""
+_RULES = """You design neural networks for tables as Arc-Graph YAML. Answer with one YAML document in a ```yaml block, and nothing else. Use
+only torch.nn layers and torch functions as node types. Keep `inputs`, `preprocessing`, the targets and their columns as in the
+example. Change `graph`, `outputs`, `modules` and `trainer` where the instruction asks for it."""
 
 def brief(
     plan: "Plan",
@@ -57,7 +62,8 @@ def brief(
     columns = "\n".join(f"- {c.name}: {c.kind}, {c.distinct} different, {c.missing} missing" for c in plan.profile.columns.values())
     said = "\n".join([plan.instruction, *plan.revisions])
     left = f"\nNot understood by the rules: {'; '.join(plan.not_understood)}" if plan.not_understood else ""
-    text = f"Instruction: {said}{left}\n\nTable {plan.table}, {plan.profile.rows} rows:\n{columns}\n\nExample:\n```yaml\n{plan.graph.to_yaml()}```"
+    text = (f"Instruction: {said}{left}\n\nTable {plan.table}, {plan.profile.rows} "
+            f"rows:\n{columns}\n\nExample:\n```yaml\n{plan.graph.to_yaml()}```")
     return [{"role": "system", "content": _RULES}, {"role": "user", "content": text}]
 
 def yaml_in(
@@ -75,10 +81,13 @@ def accepted(
     """The proposal as a checked graph; ValueError with every fault for one that does not hold, or that predicts something else."""
     graph = Graph.from_yaml(text).check(plan.profile)
     if graph.trainer is None: raise ValueError("the proposal has no trainer")
-    if set(graph.trainer.targets) != set(plan.targets): raise ValueError(f"the targets have to be {', '.join(plan.targets)}, and the losses have {', '.join(graph.trainer.targets) or 'none'}")
+    if set(graph.trainer.targets) != set(plan.targets): raise ValueError(f"the targets have to be {', '.join(plan.targets)}, and the "
+                                                                         f"losses have {', '.join(graph.trainer.targets) or 'none'}")
     used = {c for entry in graph.inputs.values() for c in entry.columns or []}
     if more := sorted(used - set(plan.choices["features"])): raise ValueError(f"{', '.join(more)} may not go in: the plan leaves them out")
-    return graph.model_copy(update={"name": plan.name, "data_table": plan.table, "plan_id": plan.id, "description": plan.graph.description, "preprocessing": graph.preprocessing or plan.graph.preprocessing})
+    return graph.model_copy(update={"name": plan.name, "data_table": plan.table, "plan_id": plan.id,
+                                    "description": plan.graph.description,
+                                    "preprocessing": graph.preprocessing or plan.graph.preprocessing})
 
 def proposed(
     plan: "Plan",
@@ -93,8 +102,12 @@ def proposed(
         try: graph = accepted(plan, yaml_in(answer))
         except ValueError as error:
             fault = str(error)
-            messages = [*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": f"This does not pass the checks:\n{fault}\nAnswer with the whole corrected YAML."}]
+            messages = [*messages, {"role": "assistant", "content": answer},
+                        {"role": "user", "content": f"This does not pass the checks:\n{fault}\nAnswer with the whole corrected YAML."}]
             continue
-        reason = Reason("graph", "proposed", "words", f"by {endpoint.model} at try {turn}; it passed the same checks. Layers and training settings below may differ from the reasons: the YAML counts")
+        reason = Reason("graph", "proposed", "words",
+                        f"by {endpoint.model} at try {turn}; it passed the same checks. Layers and training settings below may differ "
+                        f"from the reasons: the YAML counts")
         return replace(plan, graph=graph, reasons=[reason, *plan.reasons])
-    return replace(plan, flags=[*plan.flags, f"{endpoint.model} proposed no graph that passes the checks, so the rules' own stays: {fault}"])
+    return replace(plan,
+                   flags=[*plan.flags, f"{endpoint.model} proposed no graph that passes the checks, so the rules' own stays: {fault}"])

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 import re
 from typing import Any
-from .columns import Aim, Reading, can_be, infer, kind_of_target, like_key, match
+from .columns import Aim, can_be, infer, kind_of_target, like_key, match
 from .phrases import Either
+from .sentences import Reading, read
 from ..tables.profile import Column, Profile
 
 # %% ../../nbs/graph/62d_choosing.ipynb #8af964b6
@@ -70,7 +71,8 @@ class Choices:
 
 # %% ../../nbs/graph/62d_choosing.ipynb #8bb122d5
 OF_LOSS = {"BCELoss": "binary", "BCEWithLogitsLoss": "binary", "binary cross-entropy": "binary", "CrossEntropyLoss": "classification",
-           "MSELoss": "regression", "L1Loss": "regression", "HuberLoss": "regression", "SmoothL1Loss": "regression", "PoissonNLLLoss": "regression"}
+           "MSELoss": "regression", "L1Loss": "regression", "HuberLoss": "regression", "SmoothL1Loss": "regression",
+           "PoissonNLLLoss": "regression"}
 KINDS = ("binary", "multi-class", "regression")
 
 def said_kind(
@@ -79,7 +81,8 @@ def said_kind(
     """The kind that the words ask for ("" for none, "classification" for either), the words, and the larger task (forecasting, ranking)."""
     told = [(s.value, s.words) for s in choices.reading.values("task")]
     for s in choices.reading.values("sizes"):
-        if s.value == [] and "regression" in s.words.lower(): told.append(("classification" if "logistic" in s.words.lower() or "softmax" in s.words.lower() else "regression", s.words))
+        if s.value == [] and "regression" in s.words.lower(): told.append(("classification" if "logistic" in s.words.lower()
+            or "softmax" in s.words.lower() else "regression", s.words))
     for s in choices.reading.values("classes"): told.append(("binary" if s.value == 2 else "multi-class", s.words))
     larger = next((v for v, _ in told if v in ("forecasting", "ranking")), "")
     kinds = [(v, w) for v, w in told if v in (*KINDS, "classification")]
@@ -87,7 +90,8 @@ def said_kind(
     if larger == "forecasting" and not sharp: sharp = [("regression", next(w for v, w in told if v == larger))]
     names = list(dict.fromkeys(v for v, _ in sharp))
     if len(names) > 1 or (names == ["regression"] and any(v == "classification" for v, _ in kinds)):
-        choices.ask("task", f"{' and '.join(f'“{w}”' for _, w in kinds)} do not go together: which task is meant?", names if len(names) > 1 else ["regression", "classification"])
+        choices.ask("task", f"{' and '.join(f'“{w}”' for _, w in kinds)} do not go together: which task is meant?",
+                    names if len(names) > 1 else ["regression", "classification"])
     return (names[0] if names else ""), " … ".join(f"“{w}”" for _, w in sharp), larger
 
 # %% ../../nbs/graph/62d_choosing.ipynb #53c92dd1
@@ -101,7 +105,8 @@ def aim_at(
     if given:
         for name in given: profile.column(name)
         if said and {s.value for s in said} != set(given):
-            choices.ask("target", f"The target was given as {', '.join(given)}, and the words say “{said[0].words}”.", [given, [s.value for s in said]])
+            choices.ask("target", f"The target was given as {', '.join(given)}, and the words say “{said[0].words}”.",
+                        [given, [s.value for s in said]])
         return Aim(given, "", "given", "given as target")
     if said: return Aim([s.value for s in said], said[0].words, "words", f"“{said[0].words}”")
     if spoken is None: return infer(profile, kind)
@@ -109,11 +114,14 @@ def aim_at(
     for part in re.split(r"\s*(?:,|&|\+|\band\b|\n)\s*", spoken[0]):
         fitting = [n for n in match(part, list(profile.columns)) if not like_key(profile.columns[n])]
         suited = [n for n in fitting if can_be(profile.columns[n], kind)] or fitting
-        if len(suited) > 1: return Aim(suited[:1], spoken[0], "words", f"“{spoken[0]}”", suited, f"“{part}” could be {' or '.join(suited)}: which column is meant?")
+        if len(suited) > 1: return Aim(suited[:1], spoken[0], "words", f"“{spoken[0]}”", suited,
+                                       f"“{part}” could be {' or '.join(suited)}: which column is meant?")
         if suited: found.append(suited[0])
-        elif found: return Aim(found, spoken[0], "words", f"“{spoken[0]}”", [*found, *profile.columns], f"No column is called “{part}”: which column is meant?")
+        elif found: return Aim(found, spoken[0], "words", f"“{spoken[0]}”", [*found, *profile.columns],
+                               f"No column is called “{part}”: which column is meant?")
     return Aim(list(dict.fromkeys(found)), spoken[0], "words", f"“{spoken[0]}”") if found else infer(profile, kind, spoken[0])
 
+# %% ../../nbs/graph/62d_choosing.ipynb #dd283574
 def infer_target(
     profile: Profile,
     words: str = "",                    # an instruction
@@ -121,7 +129,6 @@ def infer_target(
     used: tuple[str, ...] | list[str] = (),  # columns that a graph takes as inputs: no targets
 ) -> tuple[list[str], Reason] | Question:
     """The target columns and why, or a question; ValueError for a given column that the table has not."""
-    from arc_nb.graph.columns import read
     left = {n: c for n, c in profile.columns.items() if n not in used or n == given or (given and n in given)}
     if not left: return Question("target", "Every column of the table is an input: which one is to be predicted?", list(profile.columns))
     rest = Profile(profile.name, profile.rows, left, profile.duplicates)
@@ -146,20 +153,27 @@ def decide_task(
     if aim.flag: choices.flags.append(aim.flag)
     choices.put("target", aim.targets, "data" if aim.source == "data" else "words", aim.because)
     kinds = {name: _kind(choices, choices.profile.column(name), kind if len(aim.targets) == 1 else "", told) for name in aim.targets}
+    _name_task(choices, aim, kinds, told, larger)
+    return kinds
+
+def _name_task(choices: Choices, aim: Aim, kinds: dict[str, str], told: str, larger: str) -> None:
+    """The name of the task: of its one target, or of several together."""
     several = choices.said("several")
     if len(kinds) > 1:
         mmoe = any(s.value == "mmoe" for s in choices.reading.values("architecture"))
         name = "multi-task" if mmoe or (several and several[0] == "multi-task") else "multi-output"
         choices.put("task", name, "words" if several or mmoe else "data", several[1] if several else f"{len(kinds)} targets")
     else:
-        if several and not aim.asked: choices.ask("target", f"{several[1]} has several targets, and only {aim.targets[0]} was found: which others?", [n for n in choices.profile.columns if n not in aim.targets])
+        if several and not aim.asked: choices.ask("target",
+                                                  f"{several[1]} has several targets, and only {aim.targets[0]} was found: which others?",
+                                                  [n for n in choices.profile.columns if n not in aim.targets])
         only = next(iter(kinds.values()))
         because = told or (f"“{larger}”" if larger else _fact(choices.profile.column(aim.targets[0])))
         choices.put("task", larger or only, "words" if told or larger else "data", because)
-    return kinds
 
 def _fact(column: Column) -> str:
-    return f"{column.name!r} has {column.distinct} different value{'s' * (column.distinct != 1)}" + (" of text" if column.kind == "text" else "")
+    return f"{column.name!r} has {column.distinct} different value{'s' * (column.distinct != 1)}" + (" of text" if column.kind == "text"
+        else "")
 
 def _kind(choices: Choices, column: Column, kind: str, told: str) -> str:
     """The kind of one target: as the words say where the data can be that, else as the data are, with a question."""
@@ -169,7 +183,8 @@ def _kind(choices: Choices, column: Column, kind: str, told: str) -> str:
         choices.ask("task", f"{classes[1]}, and {_fact(column)}: which is right?", [f"{column.distinct} classes", f"{classes[0]} classes"])
         return "binary" if column.distinct == 2 else data
     if kind_of_target(column) is None and not can_be(column, kind or "regression"):
-        choices.ask("target", f"{column.name!r} can hardly be predicted ({_fact(column)}, {column.kind}): which column is meant?", [column.name, *[n for n, c in choices.profile.columns.items() if kind_of_target(c)]])
+        choices.ask("target", f"{column.name!r} can hardly be predicted ({_fact(column)}, {column.kind}): which column is meant?",
+                    [column.name, *[n for n, c in choices.profile.columns.items() if kind_of_target(c)]])
     if not kind: return data
     if not can_be(column, kind):
         choices.ask("task", f"{told}, and {_fact(column)}: which task is meant?", [data, kind])
@@ -186,7 +201,8 @@ def split_column(
     """The column that says which rows are for training, if the table has one."""
     for name, c in profile.columns.items():
         values = {str(v).strip().lower() for v in c.values}
-        if re.fullmatch(r"(?:data_?)?(?:split|set|fold|partition|subset)", name.lower()) and len(values) > 1 and values <= PARTS: return name
+        if re.fullmatch(r"(?:data_?)?(?:split|set|fold|partition|subset)",
+                        name.lower()) and len(values) > 1 and values <= PARTS: return name
     return None
 
 def decide_features(
@@ -201,13 +217,16 @@ def decide_features(
     names = [n for n in profile.columns if n not in targets and n not in without and (n in wanted or not wanted)]
     left = set() if wanted else _unfit(choices, names, targets, associations)
     features = [n for n in names if n not in left]
-    if both := [n for n in wanted if n in without]: choices.ask("features", f"{', '.join(both)} is asked for and left out: which is right?", [wanted, without])
-    if not features: raise ValueError(f"no column of {profile.name!r} is left to predict {', '.join(targets)} from: {'; '.join(choices.flags) or 'the table has no others'}")
+    if both := [n for n in wanted if n in without]: choices.ask("features",
+        f"{', '.join(both)} is asked for and left out: which is right?", [wanted, without])
+    if not features: raise ValueError(f"no column of {profile.name!r} is left to predict {', '.join(targets)} from: "
+                                      f"{'; '.join(choices.flags) or 'the table has no others'}")
     told = " … ".join(f"“{s.words}”" for s in [*asked, *choices.reading.values("without"), *choices.reading.values("all")])
-    return choices.put("features", features, "words" if told else "data", told or (f"all columns but the target and {', '.join(sorted(left))}" if left else "all columns but the target"))
+    return choices.put("features", features, "words" if told else "data",
+                       told or (f"all columns but the target and {', '.join(sorted(left))}" if left else "all columns but the target"))
 
 def _unfit(choices: Choices, names: list[str], targets: list[str], associations: Any) -> set[str]:
-    tells = {}
+    tells: dict[str, str] = {}
     for target in targets:
         found = associations(target) if callable(associations) else associations or {}
         tells |= {n: target for n, v in found.items() if v >= TELLS_ALL and n in names}
@@ -216,11 +235,14 @@ def _unfit(choices: Choices, names: list[str], targets: list[str], associations:
         c = choices.profile.columns[name]
         why = ("is empty" if c.distinct == 0 else "has only one value" if c.constant else "names its row" if like_key(c) else
                f"tells {tells[name]!r} exactly: a leak, or the target under another name" if name in tells else
-               f"is of type {c.type}, which becomes no number" if c.kind == "other" else "divides the rows" if by and by.value == name and choices.reasons["split_by"].value != "time" else "")
+               f"is of type {c.type}, which becomes no number" if c.kind == "other" else "divides the rows" if by and by.value == name
+               and choices.reasons["split_by"].value != "time" else "")
         if not why: continue
         left.add(name)
-        if why != "divides the rows": choices.flags.append(f"{name} {why}: left out (“use only ...” brings it in)" if name in tells else f"{name} {why}: left out")
-    if choices.profile.duplicates: choices.flags.append(f"{choices.profile.duplicates:,} rows equal an earlier one; “drop duplicates” leaves them out")
+        if why != "divides the rows": choices.flags.append(f"{name} {why}: left out (“use only ...” brings it in)" if name in tells
+                                                           else f"{name} {why}: left out")
+    if choices.profile.duplicates: choices.flags.append(f"{choices.profile.duplicates:,} rows equal an earlier one; “drop duplicates” "
+                                                        f"leaves them out")
     return left
 
 # %% ../../nbs/graph/62d_choosing.ipynb #a41a578e
@@ -235,7 +257,8 @@ def prepared(
     if column.kind == "boolean": return {"kind": "boolean", "size": 1 + flag, "flag": flag}
     if column.kind == "date": return {"kind": "date", "size": (7 if column.type.startswith("TIMESTAMP") else 5) + flag, "flag": flag}
     if column.distinct <= ONEHOT: return {"kind": "onehot", "size": column.distinct + 1, "flag": False}
-    if column.distinct <= max(50, 0.1 * column.rows) and (column.length or 0) <= 60: return {"kind": "category", "size": column.distinct + 1, "flag": False}
+    if column.distinct <= max(50, 0.1 * column.rows) and (column.length or 0) <= 60: return {"kind": "category",
+        "size": column.distinct + 1, "flag": False}
     return {"kind": "text", "size": HASHED + flag, "flag": flag}
 
 def inputs_of(
@@ -250,7 +273,9 @@ def inputs_of(
     for name in features:
         if how[name]["kind"] != "category": continue
         key = re.sub(r"\W", "_", name) or "category"
-        while key in inputs or not re.fullmatch(r"[a-zA-Z0-9_]+", key): key = re.sub(r"[^a-zA-Z0-9_]", "x", key) + ("_code" if key in inputs else "")
+        while key in inputs or not re.fullmatch(r"[a-zA-Z0-9_]+", key): key = re.sub(r"[^a-zA-Z0-9_]", "x",
+            key) + ("_code" if key in inputs else "")
         size = how[name]["size"]  # width of the embedding: min(50, 1.6 n^0.56), fastai's rule
-        inputs[key] = {"dtype": "int64", "shape": [None, 1], "columns": [name], "categorical": True, "vocab_size": size, "embedding_dim": min(50, round(1.6 * size ** 0.56))}
+        inputs[key] = {"dtype": "int64", "shape": [None, 1], "columns": [name], "categorical": True, "vocab_size": size,
+                       "embedding_dim": min(50, round(1.6 * size ** 0.56))}
     return inputs, {n: p for n, p in how.items() if p != {"kind": "number", "size": 1, "flag": False}}

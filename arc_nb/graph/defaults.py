@@ -38,29 +38,41 @@ def decide_layers(
         return choices.put("layers", found, "words", told)
     if sizes:
         found = sizes[0] if isinstance(sizes[0], list) else [sizes[0]]
-        if count and count[0] != len(found): choices.ask("layers", f"{sizes[1]} and {count[1]}: how many layers are meant?", [found, halved(count[0])])
+        if count and count[0] != len(found): choices.ask("layers", f"{sizes[1]} and {count[1]}: how many layers are meant?",
+                                                         [found, halved(count[0])])
         return choices.put("layers", found, "words", sizes[1])
     if blocks and architecture == "residual": return choices.put("layers", [width[0] if width else 64] * blocks[0], "words", blocks[1])
-    if count:
-        found = [width[0]] * count[0] if width else halved(count[0])
-        return choices.put("layers", found, "words", f"{count[1]}{' and ' + width[1] if width else ', read as hidden layers; their sizes halve from 128'}")
-    if width: return choices.put("layers", [width[0]] * (1 if size and size[0] == "simple" else 2), "words", width[1])
-    if size: return choices.put("layers", SIZES[size[0]], "words", size[1])
+    if count or width or size: return _rough(choices, count, width, size)
     if architecture == "attention": return choices.put("layers", [], "default", "the head is one layer")
     return choices.put("layers", list(DEFAULT), "default", "two hidden layers do well on most tables")
 
+def _rough(choices: Choices, count: Any, width: Any, size: Any) -> list[int]:
+    """Layers from a count, a width or an adjective."""
+    if count:
+        found = [width[0]] * count[0] if width else halved(count[0])
+        more = f" and {width[1]}" if width else ", read as hidden layers; their sizes halve from 128"
+        return choices.put("layers", found, "words", count[1] + more)
+    if width: return choices.put("layers", [width[0]] * (1 if size and size[0] == "simple" else 2), "words", width[1])
+    return choices.put("layers", SIZES[size[0]], "words", size[1])
+
+# %% ../../nbs/graph/62e_defaults.ipynb #8d6ddc4c
 def decide_between(
     choices: Choices,
     layers: list[int],
 ) -> None:
     """Activation, dropout and normalisation: one for all layers, or one a layer."""
-    lines, dropouts = choices.reading.values("layer"), choices.reading.values("dropout")
-    said = choices.said("activation")
+    lines, said = choices.reading.values("layer"), choices.said("activation")
     own = [s.value[1] for s in lines]
     if any(own):
         found = [a or (said[0] if said else "ReLU") for a in own]
         choices.put("activation", found[0] if len(set(found)) == 1 else found, "words", " … ".join(f"“{s.words}”" for s in lines))
     else: choices.pick("activation", "ReLU", "the usual one")
+    _dropout(choices, layers)
+    choices.pick("normalisation", "none", "scaled inputs and few layers need none")
+
+def _dropout(choices: Choices, layers: list[int]) -> None:
+    """The dropout of all layers, or of each: lines between the lines of layers belong to the one above."""
+    lines, dropouts = choices.reading.values("layer"), choices.reading.values("dropout")
     placed = [s for s in dropouts if lines and s.start > lines[0].start and not any(w in s.words.lower() for w in ("each", "every", "all"))]
     if placed:
         found = [0.0] * len(lines)
@@ -70,10 +82,11 @@ def decide_between(
         choices.pick("dropout", 0.1, "a little of it seldom hurts")
         value = choices["dropout"]
         if isinstance(value, list) and len(value) != len(layers):
-            choices.ask("dropout", f"{choices.reasons['dropout'].because} are {len(value)} shares for {len(layers)} hidden layers: which is meant?", [value[0], value])
+            choices.ask("dropout",
+                        f"{choices.reasons['dropout'].because} are {len(value)} shares for {len(layers)} hidden layers: which is meant?",
+                        [value[0], value])
             value = value[0]
         choices.put("dropout", _share(value), choices.reasons["dropout"].source, choices.reasons["dropout"].because)
-    choices.pick("normalisation", "none", "scaled inputs and few layers need none")
 
 def _share(value: Any) -> Any: return 0.2 if value is True else value
 
@@ -86,17 +99,22 @@ def decide_network(
     default = ("mmoe", "tasks share experts, and each has a gate of its own") if multi else ("mlp", "the plain network for tables")
     architecture = choices.pick("architecture", *default)
     if architecture == "mmoe" and len(choices["target"]) == 1:
-        choices.ask("target", "A mixture of experts with a gate a task needs two targets or more: which others?", [n for n in choices.profile.columns if n not in choices["target"]])
+        choices.ask("target", "A mixture of experts with a gate a task needs two targets or more: which others?",
+                    [n for n in choices.profile.columns if n not in choices["target"]])
     layers = decide_layers(choices, architecture)
     decide_between(choices, layers)
-    own = {"crosses": ("dcn", 3, "three cross layers"), "experts": ("mmoe", 4, "four experts"), "heads": ("attention", 4, "four heads"), "blocks": ("attention", 2, "two blocks")}
+    own = {"crosses": ("dcn", 3, "three cross layers"), "experts": ("mmoe", 4, "four experts"), "heads": ("attention", 4, "four heads"),
+           "blocks": ("attention", 2, "two blocks")}
     for what, (which, default_, because) in own.items():
-        if which == architecture: choices.pick(what, default_, because, key="count" if what == "blocks" and choices.reading.values("count") else "")
+        if which == architecture: choices.pick(what, default_, because,
+                                               key="count" if what == "blocks" and choices.reading.values("count") else "")
         elif (s := choices.said(what)) and not (what == "blocks" and architecture == "residual"):
-            choices.ask("architecture", f"{s[1]} is a thing of {which}, and the plan is {architecture}: which is meant?", [architecture, which])
+            choices.ask("architecture", f"{s[1]} is a thing of {which}, and the plan is {architecture}: which is meant?",
+                        [architecture, which])
     width = choices.said("input_width")
     if width and width[0] != len(choices["features"]):
-        choices.ask("features", f"{width[1]}, and the table has {len(choices['features'])} columns to predict from: which ones?", [choices["features"]])
+        choices.ask("features", f"{width[1]}, and the table has {len(choices['features'])} columns to predict from: which ones?",
+                    [choices["features"]])
     if choices.said("pretrained"): choices.pick("pretrained", None, "")
 
 # %% ../../nbs/graph/62e_defaults.ipynb #847aef8e
@@ -113,19 +131,33 @@ def decide_output(
     loss = {"binary cross-entropy": "BCEWithLogitsLoss"}.get(said[0], said[0]) if said else None
     act = output[0][1] if output else None
     if loss and not _suits(loss, kinds, only):
-        choices.ask("loss", f"{said[1]} does not fit {' and '.join(f'{n} ({k})' for n, k in kinds.items())}: which loss is meant?", [STANDARD[only or 'regression'][0], loss])  # type: ignore[index]
+        choices.ask("loss", f"{said[1]} does not fit {' and '.join(f'{n} ({k})' for n, k in kinds.items())}: which loss is meant?",
+                    [STANDARD[only or 'regression'][0], loss])  # type: ignore[index]
         loss = None
     if output: act = _checked_output(choices, output, kinds, only, loss)
     if act == "sigmoid" and only == "binary": loss = "BCELoss"
     if act == "softmax" and only == "binary": loss = "CrossEntropyLoss"
-    form = "sigmoid" if loss == "BCELoss" else "softmax" if loss == "CrossEntropyLoss" and only == "binary" else "" if not only else STANDARD[only][1]
+    form = {"BCELoss": "sigmoid", "CrossEntropyLoss": "softmax" if only == "binary" else "logits"}.get(loss or "",
+        "" if not only else STANDARD[only][1])
     if loss: losses = {name: loss if _suits(loss, {name: kind}, kind) else own for (name, kind), own in zip(kinds.items(), losses.values())}
-    shown, weights = list(losses.values()), {s.value[0]: s for s in choices.reading.values("weight")}
-    if weights and len(kinds) > 1: choices.put("loss_weights", [weights[n].value[1] if n in weights else 1.0 for n in kinds], "words", f"“{next(iter(weights.values())).words}”")
-    because = (said or output)[1] if (said or output) else "the usual loss of the task"  # type: ignore[index]
-    choices.put("loss", shown[0] if len(shown) == 1 else shown, "words" if loss else "default", because if loss else "the usual loss of the task")
-    choices.put("output", form or "one each", "words" if output or loss == "BCELoss" else "default", because if output or loss == "BCELoss" else "what the loss takes")
+    _weigh(choices, kinds)
+    usual, shown = "the usual loss of the task", list(losses.values())
+    because = said[1] if said else output[1] if output else usual
+    choices.put("loss", shown[0] if len(shown) == 1 else shown, "words" if loss else "default", because if loss else usual)
+    asked = bool(output) or loss == "BCELoss"
+    choices.put("output", form or "one each", "words" if asked else "default", because if asked else "what the loss takes")
     return losses
+
+def _weigh(choices: Choices, kinds: dict[str, str]) -> None:
+    """What each target's loss counts, where the words say it: a weight beside each name, or a list of them."""
+    listed, weights = choices.said("weights", "loss_weights"), {s.value[0]: s for s in choices.reading.values("weight")}
+    if listed and len(listed[0]) == len(kinds) > 1: choices.put("loss_weights", listed[0], "words", listed[1])
+    elif listed:
+        targets = f"{len(kinds)} target{'s' * (len(kinds) > 1)}"
+        choices.ask("loss_weights", f"{listed[1]} are {len(listed[0])} weights for {targets}: which are meant?", [[1.0] * len(kinds)])
+    if weights and len(kinds) > 1:
+        found = [weights[n].value[1] if n in weights else 1.0 for n in kinds]
+        choices.put("loss_weights", found, "words", f"“{next(iter(weights.values())).words}”")
 
 def _suits(loss: str, kinds: dict[str, str], only: str) -> bool:
     """Whether a loss fits one of the targets at least, and the only one in any case."""
@@ -135,13 +167,15 @@ def _suits(loss: str, kinds: dict[str, str], only: str) -> bool:
 
 def _checked_output(choices: Choices, output: tuple[Any, str], kinds: dict[str, str], only: str, loss: str | None) -> str | None:
     (n, act), told = output
-    allowed = {"binary": ("sigmoid", "softmax", None, "linear"), "multi-class": ("softmax", None, "linear"), "regression": ("linear", None)}.get(only, (None,))
+    allowed = {"binary": ("sigmoid", "softmax", None, "linear"), "multi-class": ("softmax", None, "linear"),
+               "regression": ("linear", None)}.get(only, (None,))
     target = choices.profile.columns[next(iter(kinds))]
     needed = {"binary": 2 if act == "softmax" else 1, "multi-class": target.distinct, "regression": 1}.get(only)
     clash = loss == "BCEWithLogitsLoss" and act == "sigmoid" or loss == "BCELoss" and act in ("softmax", "linear")
     if act in allowed and (n is None or n == needed) and not clash: return act
     why = f"goes with another loss than {loss}" if clash else f"does not fit {', '.join(f'{k} ({v})' for k, v in kinds.items())}"
-    choices.ask("output", f"{told} {why}: what should the output be?", [f"{needed or 'one'} of {only or 'each target'}", f"{n or ''} {act or 'neurons'}".strip()])
+    choices.ask("output", f"{told} {why}: what should the output be?", [f"{needed or 'one'} of {only or 'each target'}",
+        f"{n or ''} {act or 'neurons'}".strip()])
     return None
 
 # %% ../../nbs/graph/62e_defaults.ipynb #5e7bf7ff
@@ -160,25 +194,42 @@ def decide_training(
     batch, epochs, patience, lr = pace(rows)
     fact = f"{rows:,} rows"
     optimizer = choices.pick("optimizer", "AdamW", "Adam with weight decay: a good default")
-    choices.pick("learning_rate", 0.01 if optimizer == "SGD" else lr, "usual for SGD" if optimizer == "SGD" else fact, "default" if optimizer == "SGD" else "data")
+    choices.pick("learning_rate", 0.01 if optimizer == "SGD" else lr, "usual for SGD" if optimizer == "SGD" else fact,
+                 "default" if optimizer == "SGD" else "data")
     choices.pick("batch_size", batch, fact, "data")
     choices.pick("epochs", epochs, fact, "data")
     _stopping(choices, patience, fact)
-    decay = choices.pick("weight_decay", 1e-4 if optimizer == "AdamW" else 0.0, "a little of it" if optimizer == "AdamW" else "none unless asked for")
-    if decay and optimizer in ("LBFGS", "Rprop"): choices.ask("optimizer", f"{optimizer} knows no weight decay: which optimizer is meant?", [optimizer, "AdamW"])
-    for what in ("momentum", "nesterov"):
-        if (s := choices.said(what)) and optimizer not in (("SGD", "RMSprop") if what == "momentum" else ("SGD",)): choices.ask("optimizer", f"{s[1]} is a setting of SGD, and the optimizer is {optimizer}: which one is meant?", ["SGD", optimizer])
-        elif s: choices.pick(what, None, "")
-    if choices.reasons.get("nesterov") and not (choices.reasons.get("momentum") and choices["momentum"]): choices.put("momentum", 0.9, "default", "Nesterov's method needs a momentum")
+    decay = choices.pick("weight_decay", 1e-4 if optimizer == "AdamW" else 0.0,
+                         "a little of it" if optimizer == "AdamW" else "none unless asked for")
+    if decay and optimizer in ("LBFGS", "Rprop"): choices.ask("optimizer",
+        f"{optimizer} knows no weight decay: which optimizer is meant?", [optimizer, "AdamW"])
+    _momentum(choices, optimizer)
     choices.pick("schedule", None, "a constant rate; early stopping ends the run")
+    _penalties(choices)
+    for what, default in {"clip_norm": None, "clip_value": None, "accumulate": 1, "mixed_precision": False, "seed": 0,
+                          "class_weights": None, "checkpoint_every": 1, "shuffle": True}.items():
+        choices.pick(what, default, "unless asked for")
+    _hardware(choices)
+
+def _momentum(choices: Choices, optimizer: str) -> None:
+    """Momentum and Nesterov's form of it, which only some optimizers know."""
+    for what, known in (("momentum", ("SGD", "RMSprop")), ("nesterov", ("SGD",))):
+        said = choices.said(what)
+        if said and optimizer not in known:
+            choices.ask("optimizer", f"{said[1]} is a setting of SGD, and the optimizer is {optimizer}: which one is meant?",
+                        ["SGD", optimizer])
+        elif said: choices.pick(what, None, "")
+    if choices.reasons.get("nesterov") and not (choices.reasons.get("momentum") and choices["momentum"]):
+        choices.put("momentum", 0.9, "default", "Nesterov's method needs a momentum")
+
+def _penalties(choices: Choices) -> None:
+    """L1 and L2, with usual strengths where only their names are said."""
     both = choices.said("l1l2")
     for what, usual in (("l1", 1e-5), ("l2", 1e-4)):
         value = choices.pick(what, usual if both else 0.0, both[1] if both else "none unless asked for", "words" if both else "default")
         if value is True: choices.put(what, usual, "words", choices.reasons[what].because)
-    for what, default in {"clip_norm": None, "clip_value": None, "accumulate": 1, "mixed_precision": False, "seed": 0, "class_weights": None, "checkpoint_every": 1, "shuffle": True}.items():
-        choices.pick(what, default, "unless asked for")
-    _hardware(choices)
 
+# %% ../../nbs/graph/62e_defaults.ipynb #e60f5c9e
 def _stopping(choices: Choices, patience: int, fact: str) -> None:
     """Early stopping: as said; by default where the epochs are not; never where a person asked for a number of them."""
     said, own, epochs = choices.said("early_stopping"), choices.said("patience", "early_stopping"), choices.reasons["epochs"]
@@ -187,12 +238,15 @@ def _stopping(choices: Choices, patience: int, fact: str) -> None:
     if said and said[0] is False: choices.put("early_stopping", False, "words", said[1])
     elif own: choices.put("early_stopping", own[0], "words", own[1])
     elif said: choices.put("early_stopping", patience, "words", f"{said[1]}; patience from {fact}")
-    elif epochs.source == "words" and not upto: choices.put("early_stopping", False, "words", f"{epochs.because}: all of them are run, and the best weights kept")
+    elif epochs.source == "words" and not upto: choices.put("early_stopping", False, "words",
+        f"{epochs.because}: all of them are run, and the best weights kept")
     else: choices.put("early_stopping", patience, "data", fact)
     choices.pick("monitor", "val_loss", "the usual one")
     if choices.said("min_delta"): choices.pick("min_delta", 0.0, "")
     for what in ("monitor", "min_delta"):
-        if choices["early_stopping"] is False and what in choices.reasons and choices.reasons[what].source == "words": choices.ask("early_stopping", f"{choices.reasons[what].because} has no effect without early stopping: stop early or not?", [False, patience])
+        if choices["early_stopping"] is False and what in choices.reasons and choices.reasons[what].source == "words": choices.ask(
+            "early_stopping", f"{choices.reasons[what].because} has no effect without early stopping: stop early or not?",
+            [False, patience])
 
 def _hardware(choices: Choices) -> None:
     gpus = [s for s in choices.reading.values("processes") if "gpu" in s.words.lower()]
@@ -202,7 +256,9 @@ def _hardware(choices: Choices) -> None:
     else: choices.put("processes", None, "default", "one process")
     if gpus and not choices.reading.values("device"): choices.put("device", "cuda", "words", f"“{gpus[0].words}”")
     else: choices.pick("device", "auto", "a GPU where there is one")
-    if gpus and choices["device"] != "cuda": choices.ask("device", f"“{gpus[0].words}” and {choices.reasons['device'].because}: which device is meant?", ["cuda", choices["device"]])
+    if gpus and choices["device"] != "cuda": choices.ask("device",
+                                                         f"“{gpus[0].words}” and {choices.reasons['device'].because}: which device is "
+                                                         f"meant?", ["cuda", choices["device"]])
     if s := choices.said("strategy"):
         choices.put("strategy", s[0], "words", s[1])
         if not choices["processes"]: choices.put("processes", "auto", "words", s[1])
@@ -216,12 +272,17 @@ def decide_rows(
     _splits(choices)
     few = len(kinds) == 1 and next(iter(kinds.values())) != "regression" and choices["split_by"] == "random"
     choices.pick("stratify", few, "classes stay as frequent in every part" if few else "only classes can be stratified", "data")
-    if choices["stratify"] and not few: choices.ask("stratify", f"{choices.reasons['stratify'].because}: only a random split by one target with classes can be stratified.", [False])
+    if choices["stratify"] and not few: choices.ask("stratify",
+                                                    f"{choices.reasons['stratify'].because}: only a random split by one target with "
+                                                    f"classes can be stratified.", [False])
     if choices.said("sample"): choices.pick("sample", None, "")
-    for what, default, because in (("drop_duplicates", False, "unless asked for"), ("scale", "standard", "networks learn best from numbers around 0"), ("missing", "median", "what is missing becomes the middle value, with a second column that says so")):
+    for what, default, because in (("drop_duplicates", False, "unless asked for"),
+                                   ("scale", "standard", "networks learn best from numbers around 0"),
+                                   ("missing", "median", "what is missing becomes the middle value, with a second column that says so")):
         choices.pick(what, default, because)
     kind = set(kinds.values())
-    usual = (["accuracy", "auroc", "f1"] if kind == {"binary"} else ["accuracy", "f1"] if "regression" not in kind else ["mae", "rmse", "r2"] if kind == {"regression"} else [])
+    usual = (["accuracy", "auroc", "f1"] if kind == {"binary"} else ["accuracy", "f1"] if "regression" not in kind else ["mae", "rmse",
+        "r2"] if kind == {"regression"} else [])
     choices.pick("metrics", usual, "the usual ones of the task")
 
 def _splits(choices: Choices) -> None:
@@ -230,10 +291,13 @@ def _splits(choices: Choices) -> None:
     elif valid or test:
         v, t = (s[0] if s else 0.15 for s in (valid, test))
         if v + t < 1: choices.put("split", [round(1 - v - t, 6), v, t], "words", " … ".join(s[1] for s in (valid, test) if s))
-        else: choices.put("split", [0.7, 0.15, 0.15], "default", "the guide's"); choices.ask("split", f"{v:g} for validation and {t:g} for the test leave nothing to train on.", [[0.7, 0.15, 0.15]])
+        else: choices.put("split", [0.7, 0.15, 0.15], "default", "the guide's"); choices.ask("split",
+            f"{v:g} for validation and {t:g} for the test leave nothing to train on.", [[0.7, 0.15, 0.15]])
     else: choices.put("split", [0.7, 0.15, 0.15], "default", "the guide's shares")
-    if not choices["split"][0]: choices.ask("split", "Nothing would be left to train on.", [[0.7, 0.15, 0.15]]); choices.put("split", [0.7, 0.15, 0.15], "default", "the guide's shares")
+    if not choices["split"][0]: choices.ask("split", "Nothing would be left to train on.", [[0.7, 0.15, 0.15]]); choices.put("split",
+        [0.7, 0.15, 0.15], "default", "the guide's shares")
 
+# %% ../../nbs/graph/62e_defaults.ipynb #67337914
 def decide_split(
     choices: Choices,
 ) -> None:
@@ -248,7 +312,12 @@ def decide_split(
     time = choices.said("split_by")
     if time or choices["task"] == "forecasting":
         if len(dates) == 1:
-            choices.put("split_by", "time", "words", time[1] if time else "forecasting: the newest rows judge"); choices.put("split_column", dates[0], "data", "the only date"); return
-        choices.ask("split", f"{time[1] if time else 'Forecasting'} needs a date: which column orders the rows?", dates or list(choices.profile.columns))
-    if ready: choices.put("split_by", "column", "data", f"the column {ready!r} says it"); choices.put("split_column", ready, "data", "it holds train and test"); return
-    choices.put("split_by", "random", "default", "rows that are independent"); choices.put("split_column", None, "default", "none is needed")
+            choices.put("split_by", "time", "words",
+                        time[1] if time else "forecasting: the newest rows judge"); choices.put("split_column", dates[0], "data",
+                            "the only date"); return
+        choices.ask("split", f"{time[1] if time else 'Forecasting'} needs a date: which column orders the rows?",
+                    dates or list(choices.profile.columns))
+    if ready: choices.put("split_by", "column", "data", f"the column {ready!r} says it"); choices.put("split_column", ready, "data",
+        "it holds train and test"); return
+    choices.put("split_by", "random", "default", "rows that are independent"); choices.put("split_column", None, "default",
+        "none is needed")

@@ -68,8 +68,10 @@ def kind_of_loss(
     target: str,
 ) -> str:
     """"binary", "multi-class" or "regression", as the target's loss says."""
-    name = next((loss.type.rsplit(".", 1)[-1].lower() for loss in (graph.trainer.loss if graph.trainer else []) if loss.target == target), "")
-    return "binary" if name.startswith(("bce", "binary_cross")) else "multi-class" if name.startswith(("crossentropy", "cross_entropy", "nll")) else "regression"
+    name = next((loss.type.rsplit(".", 1)[-1].lower() for loss in (graph.trainer.loss if graph.trainer else []) if loss.target == target),
+                "")
+    return "binary" if name.startswith(("bce", "binary_cross")) else "multi-class" if name.startswith(("crossentropy", "cross_entropy",
+        "nll")) else "regression"
 
 # %% ../../nbs/graph/63c_editing.ipynb #bc082311
 def seen(

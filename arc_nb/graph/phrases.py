@@ -43,10 +43,15 @@ class Rule:
     whole: bool = False               # a whole number
 
 # %% ../../nbs/graph/62a_phrases.ipynb #a62f1afa
-_FILL = r"(?:(?:need|want|wants|use|using|add|adding|apply|applying|do|any|a|an|the|to|have|include|train|training|for|with|set|it|be|there|should|must|i|we|run|going|more|some) )*"
-_DENY = r"\b(?:no|not|without|never|avoid|avoiding|skip(?![\s-]connection)|don't|dont|doesn't|cannot|can't|won't|neither|nor|disable|disabling|remove|removing|omit|turn off|switch off|instead of|rather than|except|excluding|isn't|isnt|other than|anything but)\s+"
-_VAGUE = r"\b(?:at least|more than|over|above|fewer than|less than|below|under|minimum|minimum of|min|greater than|larger than|smaller than|higher than|lower than|nearly|almost|twice|half|double|triple)\s+(?:the )?$"
-_DENIED_AFTER = r"\s*(?:[:=]\s*)?(?:(?:is|should be|must be|set to|to be)\s+)?(?:off|disabled|none|false|no|not (?:needed|wanted|necessary|required)|unnecessary)\b(?!\s+\w*loss)"
+_FILL = (r"(?:(?:need|want|wants|use|using|add|adding|apply|applying|do|any|a|an|the|to|have|include|train|training|for|with|set|it|be|"
+         r"there|should|must|i|we|run|going|more|some) )*")
+_DENY = (r"\b(?:no|not|without|never|avoid|avoiding|skip(?![\s-]connection)|don't|dont|doesn't|cannot|can't|won't|neither|nor|disable|"
+         r"disabling|remove|removing|omit|turn off|switch off|instead of|rather than|except|excluding|isn't|isnt|other than|anything but)"
+         r"\s+")
+_VAGUE = (r"\b(?:at least|more than|over|above|fewer than|less than|below|under|minimum|minimum of|min|greater than|larger than|smaller "
+          r"than|higher than|lower than|nearly|almost|twice|half|double|triple)\s+(?:the )?$")
+_DENIED_AFTER = (r"\s*(?:[:=]\s*)?(?:(?:is|should be|must be|set to|to be)\s+)?(?:off|disabled|none|false|no|not (?:needed|wanted|"
+                 r"necessary|required)|unnecessary)\b(?!\s+\w*loss)")
 _VAGUE_AFTER = r"\s*(?:or (?:more|less|so|fewer|higher|lower|above|below)\b|\+(?!\w)|and (?:above|up|more)\b|times\b)"
 
 def clause(
@@ -102,7 +107,8 @@ def follow_all(
     return [said for rule in rules for said in follow(rule, text)]
 
 # %% ../../nbs/graph/62a_phrases.ipynb #59f20bc9
-SEP = r"\s*(?:[:=]|of|at|is|to|as|with|by|be|was)?\s*(?:about|around|approximately|roughly|exactly|~|a|an|the|at most|up to|max(?:imum)?(?: of)?)?\s*"
+SEP = (r"\s*(?:[:=]|of|at|is|to|as|with|by|be|was)?\s*(?:about|around|approximately|roughly|exactly|~|a|an|the|at most|up to|max(?:imum)"
+       r"?(?: of)?)?\s*")
 _AHEAD = r"(?![\w%]|[.,]\d)"
 _OTHER = rf"(?:\s*(?:\bor\b|\bto\b|(?:(?<=\d)-)|\.\.|-?>)\s*({NUMBER}))?"
 VALUE = rf"(between\s+)?({NUMBER}){_OTHER}{_AHEAD}"
@@ -131,9 +137,11 @@ def setting(
 LEARNING_RATE = r"\b(?:learning[\s_-]?rates?|lr|step size)\b(?:\s*\(lr\))?"
 _STOP = r"\b(?:early[\s_-]?stop(?:ping)?|stop(?:ping)?(?: the)?(?: training)? early)\b"
 _WATCHED = r"(?:(?:the )?val(?:idation)?[\s_](loss|acc(?:uracy)?|auc|auroc|f1)\b|(?:the )?(accuracy|auc|auroc|f1)\b)"
-_NONE_BETTER = (rf"(?:(?:if|when|once|unless)\s+(?:the )?(?:it|{_WATCHED}|val(?:idation)? loss|loss)\s+)?(?:does not|doesn't|has not|hasn't|did not|stops|no longer)\s+improv\w*"
+_NONE_BETTER = (rf"(?:(?:if|when|once|unless)\s+(?:the )?(?:it|{_WATCHED}|val(?:idation)? loss|loss)\s+)?(?:does not|doesn't|has not|"
+                rf"hasn't|did not|stops|no longer)\s+improv\w*"
                 rf"(?:\s+(?:for|in|after|within)\s+({INT})\s+epochs?)?")
-_METRIC = r"(?:balanced[\s_]accuracy|accuracy|average[\s_]precision|log[\s_]loss|brier|mcc|mape|weighted[\s-]f1|macro[\s-]f1|f1(?:[\s-]score)?|precision|recall|roc[\s-]auc|auroc|auc|mse|rmse|mae|r2|r\^2)"
+_METRIC = (r"(?:balanced[\s_]accuracy|accuracy|average[\s_]precision|log[\s_]loss|brier|mcc|mape|weighted[\s-]f1|macro[\s-]f1|"
+           r"f1(?:[\s-]score)?|precision|recall|roc[\s-]auc|auroc|auc|mse|rmse|mae|r2|r\^2)")
 _CALLED = {"auc": "auroc", "roc auc": "auroc", "roc-auc": "auroc", "f1 score": "f1", "f1-score": "f1", "r^2": "r2", "acc": "accuracy"}
 
 def _metrics(m: re.Match[str]) -> list[str]:
@@ -147,15 +155,23 @@ def _watched(m: re.Match[str]) -> str:
 def _patience(m: re.Match[str]) -> float: return number_of(next(g for g in reversed(m.groups()) if g))
 
 STOPPING = [
+    Rule("monitor",
+         rf"(?:{_STOP}|\bstop(?: training)?)?\s*\b(?:if|when|once|unless)\s+(?:the )?{_WATCHED}(?=\s+(?:does not|doesn't|has not|hasn't|"
+         rf"did not|didn't|stops|no longer)\s+improv)", _watched),
     Rule("patience", rf"\bpatience{SEP}({INT})(?:\s*epochs?)?", _patience, allowed=(1, 10_000), whole=True),
     Rule("patience", rf"\b({INT})\s+epochs?\s+(?:of\s+)?patience", _patience, allowed=(1, 10_000), whole=True),
     Rule("patience", rf"\bafter\s+({INT})\s+epochs?\s+(?:without|of no|with no)\s+improvement", _patience, allowed=(1, 10_000), whole=True),
-    Rule("patience", rf"(?:{_STOP}\s+)?(?:(?:if|when)\s+(?:there is\s+|there's\s+)?)?\bno improvement\s+(?:for|in|after|within|over)\s+({INT})\s+epochs?", _patience, allowed=(1, 10_000), whole=True),
+    Rule("patience",
+         rf"(?:{_STOP}\s+)?(?:(?:if|when)\s+(?:there is\s+|there's\s+)?)?\bno improvement\s+(?:for|in|after|within|over)\s+({INT})"
+         rf"\s+epochs?", _patience, allowed=(1, 10_000), whole=True),
     Rule("patience", rf"{_STOP}\s*(?:[:=]|after|of|at|with)\s*({INT})(?:\s*epochs?)?(?!\w)", _patience, allowed=(1, 10_000), whole=True),
-    Rule("patience", rf"(?:{_STOP}\s+|\bstop(?: training)?\s+)?{_NONE_BETTER[:-2]})", lambda m: number_of(m.groups()[-1]), allowed=(1, 10_000), whole=True),
+    Rule("patience", rf"(?:{_STOP}\s+|\bstop(?: training)?\s+)?{_NONE_BETTER[:-2]})", lambda m: number_of(m.groups()[-1]),
+         allowed=(1, 10_000), whole=True),
     *setting("min_delta", r"\bmin(?:imum)?[\s_-]?(?:delta|improvement)", allowed=(0, 1e9)),
-    Rule("early_stopping", rf"(?:{_STOP}|\bstop(?: training)?)\s+(?:if|when|once)\s+(?:the )?(?:val(?:idation)?[\s_])?loss\s+(?:plateaus(?: or increases)?|increases|rises|stops (?:improving|falling|decreasing))", True),
-    Rule("monitor", rf"(?<=stopping )(?:on|by|monitoring|based on|watching)\s+{_WATCHED}", _watched),
+    Rule("early_stopping",
+         rf"(?:{_STOP}|\bstop(?: training)?)\s+(?:if|when|once)\s+(?:the )?(?:val(?:idation)?[\s_])?loss\s+(?:plateaus(?: or increases)?|"
+         rf"increases|rises|stops (?:improving|falling|decreasing))", True),
+    Rule("monitor", rf"(?:(?<=stopping )|(?<=stop ))(?:on|by|monitoring|based on|watching)\s+{_WATCHED}", _watched),
     Rule("monitor", rf"\b(?:monitor(?:ing)?|watching)\s*[:=]?\s*{_WATCHED}", _watched),
     Rule("early_stopping", _STOP, True, off=False)]
 
@@ -164,66 +180,112 @@ OPTIMIZERS = {n.lower(): n for n in "SGD Adam AdamW RMSprop Adagrad Adadelta Ada
     "stochastic gradient descent": "SGD", "l-bfgs": "LBFGS"}
 _OPT = "|".join(sorted(map(re.escape, OPTIMIZERS), key=len, reverse=True))
 _DECAY = r"(?:\s*(?:learning[\s-]rate|lr))?(?:\s*(?:schedule|scheduler|decay|annealing|policy))+"
+_CALLED_SCHEDULE = r"\b(?:(?:lr|learning[\s-]rate)[\s_-]+)?schedule[r]?\s*(?:[:=]|is)?\s*(?:a\s+)?"
+_COURSES = {"cosine": "cosine", r"one[\s_-]?cycle": "one_cycle", "plateau": "plateau", "exponential": "exponential", "step": "step",
+            "linear": "linear"}
 STEPS = [
-    Rule("schedule", rf"\bwarm[\s-]?up\b(?:\s+(?:and|then|followed by|with))*\s+(?:a )?cosine(?:{_DECAY})?|\bcosine(?:{_DECAY})?\s+(?:with|after)\s+(?:a )?warm[\s-]?up", "warmup_cosine"),
-    *[Rule("schedule", rf"\b(?:(?:lr|learning[\s-]rate)[\s_-]+)?schedule[r]?\s*(?:[:=]|is)?\s*(?:a\s+)?{said}\b(?:{_DECAY})?", name) for said, name in (("cosine", "cosine"), ("one[\\s_-]?cycle", "one_cycle"), ("plateau", "plateau"), ("exponential", "exponential"), ("step", "step"), ("linear", "linear"))],
+    Rule("schedule",
+         rf"\bwarm[\s-]?up\b(?:\s+(?:and|then|followed by|with))*\s+(?:a )?cosine(?:{_DECAY})?|\bcosine(?:{_DECAY})?\s+(?:with|after)"
+         rf"\s+(?:a )?warm[\s-]?up", "warmup_cosine"),
+    *[Rule("schedule", rf"{_CALLED_SCHEDULE}{said}\b(?:{_DECAY})?", name) for said, name in _COURSES.items()],
     Rule("schedule", rf"\bcosine(?:{_DECAY}|(?=\s*(?:$|[,.;\n])))", "cosine", off=None),
     Rule("schedule", rf"\bone[\s_-]?cycle(?:{_DECAY})?", "one_cycle", off=None),
-    Rule("schedule", rf"(?:\b(?:reduce|lower|decrease|drop|cut)\w*\s+(?:the\s+)?(?:learning rate|lr)\s+on\s+(?:a\s+)?plateaus?|\breducelronplateau|\bplateau{_DECAY})", "plateau", off=None),
+    Rule("schedule",
+         rf"(?:\b(?:reduce|lower|decrease|drop|cut)\w*\s+(?:the\s+)?(?:learning rate|lr)\s+on\s+(?:a\s+)?plateaus?|\breducelronplateau|"
+         rf"\bplateau{_DECAY})", "plateau", off=None),
     Rule("schedule", rf"\bexponential{_DECAY}", "exponential", off=None),
     Rule("schedule", rf"\bstep{_DECAY}", "step", off=None),
     Rule("schedule", rf"\blinear{_DECAY}", "linear", off=None),
-    Rule("schedule", r"\bconstant (?:learning rate|lr)\b|\b(?:learning[\s-]rate|lr) (?:schedule|scheduler|decay)(?=\s*(?:[:=]\s*)?(?:none|off))(?:\s*[:=]\s*)?(?:none|off)", None),
-    *setting("learning_rate", rf"(?:\b(?:initial|max(?:imum)?|base|peak|starting|constant)\s+)?{LEARNING_RATE}", before=LEARNING_RATE[2:], allowed=(1e-9, 1)),
-    *setting("batch_size", r"\b(?:(?:mini[\s-]?)?batch[\s_-]?sizes?|bs|(?:mini[\s-]?)?batch(?:es)? of)\b", r"(?:\s+(?:rows|samples|examples|records)\b)?",
+    Rule("schedule",
+         r"\bconstant (?:learning rate|lr)\b|\b(?:learning[\s-]rate|lr) (?:schedule|scheduler|decay)(?=\s*(?:[:=]\s*)?(?:none|off))"
+         r"(?:\s*[:=]\s*)?(?:none|off)", None),
+    *setting("learning_rate", rf"(?:\b(?:initial|max(?:imum)?|base|peak|starting|constant)\s+)?{LEARNING_RATE}", before=LEARNING_RATE[2:],
+             allowed=(1e-9, 1)),
+    *setting("batch_size", r"\b(?:(?:mini[\s-]?)?batch[\s_-]?sizes?|bs|(?:mini[\s-]?)?batch(?:es)? of)\b",
+             r"(?:\s+(?:rows|samples|examples|records)\b)?",
              before=r"(?:rows|samples|examples)\s+(?:per|a|in each|in a)\s+batch\b", allowed=(1, 10_000_000), whole=True),
     *setting("batch_size", r"\b(?:mini[\s-]?)?batch(?:es)?(?:\s*[:=]|(?=\s+\d))", allowed=(1, 10_000_000), whole=True),
-    Rule("checkpoint_every", rf"\b(?:save|checkpoint|save (?:a )?checkpoints?|checkpoints?)\s+every\s+({INT})\s+epochs?", lambda m: number_of(m[1]), allowed=(1, 100_000), whole=True),
-    Rule("epochs", rf"\bstop(?:\s+training)?\s+after\s+({INT})\s+epochs(?!\s+(?:without|of no|with no))", lambda m: number_of(m[1]), allowed=(1, 1_000_000), whole=True),
-    *setting("epochs", r"\b(?:number of epochs|max(?:imum)?[\s_]epochs|num[\s_]epochs|n[\s_]epochs|epochs?)\b(?!\s+of)", before=r"(?:training\s+)?epochs?\b(?:\s+(?:of training|in total|in all))?|passes (?:over|through) the (?:training )?data", allowed=(1, 1_000_000), whole=True),
+    Rule("checkpoint_every", rf"\b(?:save|checkpoint|save (?:a )?checkpoints?|checkpoints?)\s+every\s+({INT})\s+epochs?",
+         lambda m: number_of(m[1]), allowed=(1, 100_000), whole=True),
+    Rule("epochs", rf"\bstop(?:\s+training)?\s+after\s+({INT})\s+epochs(?!\s+(?:without|of no|with no))", lambda m: number_of(m[1]),
+         allowed=(1, 1_000_000), whole=True),
+    *setting("epochs", r"\b(?:number of epochs|max(?:imum)?[\s_]epochs|num[\s_]epochs|n[\s_]epochs|epochs?)\b(?!\s+of)",
+             before=r"(?:training\s+)?epochs?\b(?:\s+(?:of training|in total|in all))?|passes (?:over|through) the (?:training )?data",
+             allowed=(1, 1_000_000), whole=True),
+]
+
+# %% ../../nbs/graph/62a_phrases.ipynb #17f48aca
+STEPS += [
     *setting("momentum", r"\bmomentum\b", allowed=(0, 1)),
-    Rule("nesterov", r"\bnesterov(?:\s+momentum)?\b", True, off=False),
+    Rule("nesterov", r"\bnesterov(?:'s)?\b", True, off=False),
     *setting("weight_decay", r"\bweight[\s_-]?decay\b", allowed=(0, 10)),
-    Rule("optimizer", rf"\b(?:the\s+)?(?:optimi[sz]er\s*(?:[:=]|is|of|to be)?\s*)?({_OPT})\b(?:\s+(?:as\s+(?:the\s+|an\s+)?)?optimi[sz]er)?", lambda m: OPTIMIZERS[m[1]]),
-    *setting("l2", r"\bl2(?:[\s-](?:regulari[sz]ation|penalty|reg|norm penalty|weight))?(?:\s+(?:strength|factor|weight|coefficient))?", allowed=(0, 10)),
-    *setting("l1", r"\bl1(?:[\s-](?:regulari[sz]ation|penalty|reg|norm penalty|weight))?(?:\s+(?:strength|factor|weight|coefficient))?", allowed=(0, 10)),
+    Rule("optimizer",
+         rf"\b(?:the\s+)?(?:optimi[sz]er\s*(?:[:=]|is|of|to be)?\s*)?({_OPT})\b(?:\s+(?:as\s+(?:the\s+|an\s+)?)?optimi[sz]er)?",
+         lambda m: OPTIMIZERS[m[1]]),
+    *setting("l2", r"\bl2(?:[\s-](?:regulari[sz]ation|penalty|reg|norm penalty|weight))?(?:\s+(?:strength|factor|weight|coefficient))?",
+             allowed=(0, 10)),
+    *setting("l1", r"\bl1(?:[\s-](?:regulari[sz]ation|penalty|reg|norm penalty|weight))?(?:\s+(?:strength|factor|weight|coefficient))?",
+             allowed=(0, 10)),
     Rule("l1l2", r"\bl1\s*(?:/|and|&|\+)\s*l2\s+(?:regulari[sz]ation|penalty|penalties)", True, off=0.0),
     Rule("l2", r"\bl2[\s-](?:regulari[sz]ation|penalty|reg)\b", True, off=0.0),
     Rule("l1", r"\bl1[\s-](?:regulari[sz]ation|penalty|reg)\b", True, off=0.0)]
 
 # %% ../../nbs/graph/62a_phrases.ipynb #92e2fdad
-LOSSES = {r"bce[\s_-]?with[\s_-]?logits(?:[\s_-]?loss)?|binary cross[\s-]?entropy with logits": "BCEWithLogitsLoss", r"bce[\s_-]?loss": "BCELoss",
+LOSSES = {r"bce[\s_-]?with[\s_-]?logits(?:[\s_-]?loss)?|binary cross[\s-]?entropy with logits": "BCEWithLogitsLoss",
+          r"bce[\s_-]?loss": "BCELoss",
           r"(?:binary cross[\s-]?entropy|bce|log[\s-]?loss|logistic loss)(?:\s+loss)?": "binary cross-entropy",
           r"(?:categorical )?cross[\s_-]?entropy(?:[\s_-]?loss)?|crossentropyloss": "CrossEntropyLoss",
           r"smooth[\s_-]?l1(?:[\s_-]?loss)?": "SmoothL1Loss", r"huber(?:[\s_-]?loss)?": "HuberLoss",
           r"mse(?:[\s_-]?loss)?|mean[\s-]squared[\s-]error(?:\s+loss)?|squared (?:error|loss)|l2[\s_-]?loss": "MSELoss",
           r"mae(?:[\s_-]?loss)?|mean[\s-]absolute[\s-]error(?:\s+loss)?|absolute (?:error|loss)|l1[\s_-]?loss": "L1Loss",
           r"poisson(?:[\s_-]?nll)?[\s_-]?loss": "PoissonNLLLoss"}
+_AS_LOSS = r"(?:\s+(?:as (?:the |a )?)?loss(?: function)?)?"
 _MANY = rf"({_METRIC}(?:\s*(?:,\s*and|,|and|&|\+|/)\s*{_METRIC})*)"
 SCORES = [
-    Rule("metrics", rf"\b(?:metrics?|track(?:ing)?|report(?:ing)?|measure|evaluate(?:d)? (?:with|by|on|using)|scored? (?:with|by)|evaluate)\s*(?:[:=]|is|are|the)?\s*{_MANY}(?:\s+metrics?)?\b", _metrics),
+    Rule("metrics",
+         rf"\b(?:metrics?|track(?:ing)?|report(?:ing)?|measure|evaluate(?:d)? (?:with|by|on|using)|scored? (?:with|by)|evaluate)"
+         rf"\s*(?:[:=]|is|are|the)?\s*{_MANY}(?:\s+metrics?)?\b", _metrics),
     Rule("metrics", rf"\b{_MANY}\s+(?:as (?:the |a )?metrics?|metrics?)\b", _metrics),
-    *[Rule("loss", rf"\b(?:loss(?: function)?\s*(?:[:=]|is|of)?\s*)?(?:torch\.nn\.)?(?:{pattern})\b(?:\s+(?:as (?:the |a )?)?loss(?: function)?)?", name) for pattern, name in LOSSES.items()]]
+    *[Rule("loss", rf"\b(?:loss(?: function)?\s*(?:[:=]|is|of)?\s*)?(?:torch\.nn\.)?(?:{pattern})\b{_AS_LOSS}", name)
+      for pattern, name in LOSSES.items()]]
 
 def _gpus(m: re.Match[str]) -> Any:
     count = number_of(m[1])
     return count if count > 1 else 1
 
 HARDWARE = [
-    Rule("clip_value", rf"\b(?:clip\w*(?:\s+(?:the\s+)?gradients?)?|gradients?[\s-]clip\w*)\s+(?:at|by|to|with)\s+(?:a\s+)?(?:max(?:imum)?\s+)?value(?:\s+of|\s*[:=])?\s*({NUMBER})", lambda m: number_of(m[1]), allowed=(1e-9, 1e9)),
-    Rule("clip_norm", rf"\b(?:clip\w*\s+(?:the\s+)?gradients?|gradients?[\s_-]clip\w*|clip[\s_-]?norm|max[\s_-]grad(?:ient)?[\s_-]norm)(?:\s*\(?(?:at|by|to|with|of|[:=])?\s*(?:an?\s+|the\s+)?(?:max(?:imum)?[\s_-])?(?:norm)?(?:\s+of|\s*[:=])?\s*({NUMBER})(?![\w%])\)?)?",
+    Rule("clip_value",
+         rf"\b(?:clip\w*(?:\s+(?:the\s+)?gradients?)?|gradients?[\s-]clip\w*)\s+(?:at|by|to|with)\s+(?:a\s+)?(?:max(?:imum)?\s+)"
+         rf"?value(?:\s+of|\s*[:=])?\s*({NUMBER})", lambda m: number_of(m[1]), allowed=(1e-9, 1e9)),
+    Rule("clip_norm",
+         rf"\b(?:clip\w*\s+(?:the\s+)?gradients?|gradients?[\s_-]clip\w*|clip[\s_-]?norm|max[\s_-]grad(?:ient)?[\s_-]norm)(?:\s*\(?(?:at|"
+         rf"by|to|with|of|[:=])?\s*(?:an?\s+|the\s+)?(?:max(?:imum)?[\s_-])?(?:norm)?(?:\s+of|\s*[:=])?\s*({NUMBER})(?![\w%])\)?)?",
          lambda m: number_of(m[1]) if m[1] else 1.0, off=None, allowed=(1e-9, 1e9)),
     Rule("mixed_precision", r"\b(?:bf16|bfloat16)(?:[\s-](?:mixed[\s-])?precision)?", "bf16", off=False),
     Rule("mixed_precision", r"\b(?:fp16|float16|half[\s-]precision)(?:[\s-](?:mixed[\s-])?precision)?", "fp16", off=False),
     Rule("mixed_precision", r"\b(?:automatic |auto )?mixed[\s-]precision(?:\s+training)?|\bamp\b", True, off=False),
     Rule("processes", rf"\b({INT})\s+gpus?\b", _gpus, allowed=(1, 4096), whole=True),
     Rule("processes", rf"\b({INT})\s+(?:training\s+)?processes\b", lambda m: number_of(m[1]), allowed=(1, 4096), whole=True),
-    Rule("processes", r"\b(?:distributed(?:\s+training)?\s+(?:across|on|over)\s+)?(?:multiple|all|several|many)(?:\s+(?:the|available))?\s+gpus\b|\bmulti[\s-]gpu(?:\s+training)?", "auto"),
-    Rule("distributed", r"\b(?:distributed|data[\s-]parallel)(?:\s+(?:training|data[\s-]parallel))?\b(?:\s+(?:across|over|on)\b)?", True, off=False),
+    Rule("processes",
+         r"\b(?:distributed(?:\s+training)?\s+(?:across|on|over)\s+)?(?:multiple|all|several|many)(?:\s+(?:the|available))?\s+gpus\b|"
+         r"\bmulti[\s-]gpu(?:\s+training)?", "auto"),
+    Rule("distributed", r"\b(?:distributed|data[\s-]parallel)(?:\s+(?:training|data[\s-]parallel))?\b(?:\s+(?:across|over|on)\b)?", True,
+         off=False),
     Rule("strategy", r"\b(?:ddp|distributed data parallel)\b", "ddp"), Rule("strategy", r"\bfsdp\b", "fsdp"),
-    Rule("device", r"\b(?:(?:a|the|my)\s+)?(?:gpu|cuda),?\s+(?:if|when|where)\s+(?:(?:it is|one is|there is)\s+)?(?:available|possible|one|there)(?:,?\s+(?:and\s+)?(?:else|otherwise|or)\s+(?:on\s+)?(?:the\s+)?cpu)?(?:\s+otherwise)?\b", "auto"),
-    Rule("device", r"\b(?:a |one |my |the )?(?:gpu|cuda)\b", "cuda", off="cpu"), Rule("device", r"\b(?:the )?cpu\b(?:\s+only)?", "cpu"), Rule("device", r"\bmps\b", "mps"),
-    Rule("accumulate", rf"\b(?:gradient[\s_-]accumulation|accumulat\w+\s+(?:the\s+)?gradients?)(?:\s*(?:over|of|for|with|every|across|[:=])?\s*({INT})(?:\s+(?:mini-?)?(?:batches|steps))?)?", lambda m: number_of(m[1]) if m[1] else 4, off=1, allowed=(1, 100_000), whole=True),
+    Rule("device",
+         r"\b(?:(?:a|the|my)\s+)?(?:gpu|cuda),?\s+(?:if|when|where)\s+(?:(?:it is|one is|there is)\s+)?(?:available|possible|one|there)"
+         r"(?:,?\s+(?:and\s+)?(?:else|otherwise|or)\s+(?:on\s+)?(?:the\s+)?cpu)?(?:\s+otherwise)?\b", "auto"),
+    Rule("device", r"\b(?:a |one |my |the )?(?:gpu|cuda)\b", "cuda", off="cpu"), Rule("device", r"\b(?:the )?cpu\b(?:\s+only)?", "cpu"),
+    Rule("device", r"\bmps\b", "mps"),
+    Rule("accumulate",
+         rf"\b(?:gradient[\s_-]accumulation|accumulat\w+\s+(?:the\s+)?gradients?)(?:\s*(?:over|of|for|with|every|across|[:=])?\s*({INT})"
+         rf"(?:\s+(?:mini-?)?(?:batches|steps))?)?", lambda m: number_of(m[1]) if m[1] else 4, off=1, allowed=(1, 100_000), whole=True),
     *setting("seed", r"\b(?:random[\s_-])?seed\b|\brandom[\s_]state\b", allowed=(0, 2**32), whole=True),
-    Rule("class_weights", rf"\bclass[\s_-]weights?\s*(?:[:=]|of|are)?\s*[\[(]?\s*({NUMBER}(?:\s*(?:,\s*and|,|and|:|/)\s*{NUMBER})+)\s*[\])]?(?!\w)", lambda m: [number_of(n) for n in re.findall(NUMBER, m[1])], allowed=(1e-9, 1e9)),
-    Rule("class_weights", r"\b(?:balanced\s+(?:class[\s_-]weights?|classes)|(?:(?:handle|handling|correct for|deal with|address|account for)\s+(?:the\s+)?)?(?:class[\s-]imbalance|imbalanced (?:classes|data(?:set)?))(?:\s+(?:with|by|using|through)\s+class[\s_-]weights?)?|class[\s_-]weights?(?:\s*[:=]?\s*balanced)?|weight(?:ed)?\s+(?:the\s+)?classes|balance\s+(?:the\s+)?classes)\b", "balanced", off=None)]
+    Rule("class_weights",
+         rf"\bclass[\s_-]weights?\s*(?:[:=]|of|are)?\s*[\[(]?\s*({NUMBER}(?:\s*(?:,\s*and|,|and|:|/)\s*{NUMBER})+)\s*[\])]?(?!\w)",
+         lambda m: [number_of(n) for n in re.findall(NUMBER, m[1])], allowed=(1e-9, 1e9)),
+    Rule("class_weights",
+         r"\b(?:balanced\s+(?:class[\s_-]weights?|classes)|(?:(?:handle|handling|correct for|deal with|address|account for)\s+(?:the\s+)"
+         r"?)?(?:class[\s-]imbalance|imbalanced (?:classes|data(?:set)?))(?:\s+(?:with|by|using|through)\s+class[\s_-]weights?)?|"
+         r"class[\s_-]weight(?:s|ing)?(?:\s*[:=]?\s*balanced)?|weight(?:ed)?\s+(?:the\s+)?classes|balance\s+(?:the\s+)?classes)\b",
+         "balanced", off=None)]

@@ -18,7 +18,8 @@ _KIND = r"(?:(?:fully[\s-]connected|hidden|dense|linear|deep|feed[\s-]?forward|m
 _COUNT = rf"\b({INT})[\s-]+{_KIND}layers?\b"
 _UNITS = r"(?:hidden\s+)?(?:neurons|neuron|units|unit|nodes|wide|cells)"
 _HOLD = r"[\s:,=-]*(?:with|of|sized|containing|having|using|and)?\s*(?:the\s+)?(?:sizes?|widths?)?\s*(?:of\s+)?"
-ACTS = {"leaky[\\s_-]?relu": "LeakyReLU", "relu": "ReLU", "gelu": "GELU", "elu": "ELU", "silu|swish": "SiLU", "mish": "Mish", "selu": "SELU", "tanh|hyperbolic tangent": "Tanh", "hard[\\s_-]?swish": "Hardswish"}
+ACTS = {"leaky[\\s_-]?relu": "LeakyReLU", "relu": "ReLU", "gelu": "GELU", "elu": "ELU", "silu|swish": "SiLU", "mish": "Mish",
+        "selu": "SELU", "tanh|hyperbolic tangent": "Tanh", "hard[\\s_-]?swish": "Hardswish"}
 _ACT = "|".join(f"(?:{p})" for p in ACTS)
 
 def act_of(
@@ -34,34 +35,54 @@ def _counted(m: re.Match[str]) -> Any:
     return sizes if len(sizes) == count else Either((sizes, count))
 
 LAYERS = [
-    Rule("layer", rf"\b(?:hidden\s+|dense\s+)?layer\s*\d+\s*(?:[:=-]|with|of|has)\s*({INT})\s*{_UNITS}(?:\s*(?:with|,|and|\()?\s*({_ACT})(?:\s+activation)?\)?)?",
+    Rule("layer",
+         rf"\b(?:hidden\s+|dense\s+)?layer\s*\d+\s*(?:[:=-]|with|of|has)\s*({INT})\s*{_UNITS}(?:\s*(?:with|,|and|\()?\s*({_ACT})"
+         rf"(?:\s+activation)?\)?)?",
          lambda m: (int(number_of(m[1])), act_of(m[2]) if m[2] else None)),
-    Rule("layer", rf"\b(?:the\s+)?{_ORDER}\s+(?:hidden\s+)?layer\s*(?:[:=]|with|of|has)?\s*({INT})\s*(?:{_UNITS})?(?:\s*(?:with|,)?\s*({_ACT})(?:\s+activation)?)?\b",
+    Rule("layer",
+         rf"\b(?:the\s+)?{_ORDER}\s+(?:hidden\s+)?layer\s*(?:[:=]|with|of|has)?\s*({INT})\s*(?:{_UNITS})?(?:\s*(?:with|,)?\s*({_ACT})"
+         rf"(?:\s+activation)?)?\b",
          lambda m: (int(number_of(m[1])), act_of(m[2]) if m[2] else None)),
     Rule("crosses", rf"\b({INT})\s+cross(?:[\s-]+layers?)?\b", lambda m: number_of(m[1]), allowed=(1, 20), whole=True),
     Rule("crosses", rf"\bcross[\s-]layers?{SEP}({INT})", lambda m: number_of(m[1]), allowed=(1, 20), whole=True),
     Rule("experts", rf"\b({INT})\s+experts?\b", lambda m: number_of(m[1]), allowed=(1, 256), whole=True),
     Rule("heads", rf"\b({INT})[\s-]+(?:attention[\s-]+)?heads?\b", lambda m: number_of(m[1]), allowed=(1, 64), whole=True),
     Rule("sizes", rf"\b({INT})\s+(?:residual\s+)?blocks?\s+of\s+(?:size\s+|width\s+)?({INT})(?:\s*{_UNITS})?", _each),
-    Rule("blocks", rf"\b({INT})\s+(?:transformer|attention|residual|encoder)\s+(?:blocks?|layers?)\b|\b({INT})\s+blocks?\b", lambda m: number_of(m[1] or m[2]), allowed=(1, 64), whole=True),
+    Rule("blocks", rf"\b({INT})\s+(?:transformer|attention|residual|encoder)\s+(?:blocks?|layers?)\b|\b({INT})\s+blocks?\b",
+         lambda m: number_of(m[1] or m[2]), allowed=(1, 64), whole=True),
+]
+
+# %% ../../nbs/graph/62b_reading.ipynb #70e41bd6
+LAYERS += [
+    Rule("sizes", rf"{_COUNT}\s+(?:mlp|network|net|perceptron|nn|dnn|model)\s*[:=]?\s*(?:with|of)?\s*({LIST})", _counted),
     Rule("sizes", rf"{_COUNT}{_HOLD}({LIST})(?:\s*{_UNITS})?(?:\s+(?:each|respectively))?", _counted),
     Rule("sizes", rf"{_COUNT}{_HOLD}({INT})\s*(?:{_UNITS}(?:\s+(?:each|per layer|in each(?: layer)?))?|each)\b", _each),
-    Rule("sizes", rf"{_COUNT}\s*(?:with|of|x|[:=@])\s*(?:size\s+|width\s+)?({INT})(?=\s*(?:[,.;)\n]\s*(?!\d)|$|and\s+(?!\d)|with\b))", _each),
+    Rule("sizes", rf"{_COUNT}\s*(?:with|of|x|[:=@])\s*(?:size\s+|width\s+)?({INT})(?=\s*(?:[,.;)\n]\s*(?!\d)|$|and\s+(?!\d)|with\b))",
+         _each),
     Rule("sizes", rf"{_COUNT}\s*,?\s*each\s+(?:with|of|having|has)?\s*({INT})\s*(?:{_UNITS})?\b", _each),
-    Rule("sizes", rf"(?<!\w)(\d+\s*{_UNITS}(?:\s*(?:,|->)?\s*(?:and\s+)?(?:then\s+)?\d+\s*{_UNITS})+)\b", lambda m: [int(n) for n in re.findall(r"\d+", m[1])]),
+    Rule("sizes", rf"(?<!\w)(\d+\s*{_UNITS}(?:\s*(?:,|->)?\s*(?:and\s+)?(?:then\s+)?\d+\s*{_UNITS})+)\b",
+         lambda m: [int(n) for n in re.findall(r"\d+", m[1])]),
     Rule("sizes", rf"{_COUNT}\s*\(\s*({INT})\s*(?:{_UNITS})?\s*\)", _each),
-    Rule("sizes", r"\b(?:hidden\s+)?layers?\s*[:=]?\s*(\d+)\s?x\s?(\d+)\b|\b(\d+)\s?x\s?(\d+)\s+(?:hidden\s+)?(?:layers?|network|mlp|neurons|units)\b",
+    Rule("sizes",
+         r"\b(?:hidden\s+)?layers?\s*[:=]?\s*(\d+)\s?x\s?(\d+)\b|\b(\d+)\s?x\s?(\d+)\s+(?:hidden\s+)?(?:layers?|network|mlp|neurons|"
+         r"units)\b",
          lambda m: [int(m[2] or m[4])] * int(m[1] or m[3])),
-    Rule("sizes", rf"\b(?:deep\s+)?(?:hidden[\s_]+)?(?:layer[\s_]+)?(?:hidden|layers?|sizes?|units|widths?|dimensions|dims|architecture|network|net|mlp|tower|part|neurons|nodes|perceptron|dnn)\s*(?:[:=]|of|with|as|is|are)?\s*(?:sizes?\s*|widths?\s*)?(?:of\s*)?({LIST})(?:\s*{_UNITS})?",
+    Rule("sizes",
+         rf"\b(?:deep\s+)?(?:hidden[\s_]+)?(?:layer[\s_]+)?(?:hidden|layers?|sizes?|units|widths?|dimensions|dims|architecture|network|"
+         rf"net|mlp|tower|part|neurons|nodes|perceptron|dnn)\s*(?:[:=]|of|with|as|is|are)?\s*(?:sizes?\s*|widths?\s*)?(?:of\s*)?({LIST})"
+         rf"(?:\s*{_UNITS})?",
          lambda m: listed(m[1])),
-    Rule("sizes", rf"({LIST})\s*(?:{_UNITS}|(?:hidden|dense)\s+layers|layers)\b", lambda m: listed(m[1])),
+    Rule("sizes", rf"({LIST})\s*(?:{_UNITS}|(?:hidden|dense)\s+layers|layers|deep)\b", lambda m: listed(m[1])),
     Rule("sizes", r"\bhidden_(?:layer_)?(?:sizes|layers|dims|units)\s*=\s*[\[(](\d+),?[\])]", lambda m: [int(m[1])]),
     Rule("sizes", r"\b(?:just\s+|a\s+|plain\s+)*(?:logistic|linear|softmax)\s+(?:regression|model|classifier)\b", []),
     Rule("sizes", r"\bno hidden layers?\b|\bwithout (?:any )?hidden layers?\b|\b(?:0|zero) hidden layers\b", []),
-    Rule("width", rf"\b({INT})\s*{_UNITS}\s+(?:per|in each|in every|each|a)\s*(?:hidden\s+)?(?:layer)?", lambda m: number_of(m[1]), allowed=(1, 100_000), whole=True),
-    Rule("width", rf"\b(?:hidden[\s_](?:units|size|dim|dimension|width)|layer[\s_](?:size|width)){SEP}({INT})\b", lambda m: number_of(m[1]), allowed=(1, 100_000), whole=True),
+    Rule("width", rf"\b({INT})\s*{_UNITS}\s+(?:per|in each|in every|each|a)\s*(?:hidden\s+)?(?:layer)?", lambda m: number_of(m[1]),
+         allowed=(1, 100_000), whole=True),
+    Rule("width", rf"\b(?:hidden[\s_](?:units|size|dim|dimension|width)|layer[\s_](?:size|width)){SEP}({INT})\b",
+         lambda m: number_of(m[1]), allowed=(1, 100_000), whole=True),
     Rule("count", _COUNT, lambda m: number_of(m[1]), allowed=(1, 100), whole=True),
-    Rule("count", rf"(?<!output )(?<!input )\b(?:hidden[\s_])?(?:num[\s_])?layers?\s*[:=]\s*({INT})(?![\s,.-]*\d)\b", lambda m: number_of(m[1]), allowed=(1, 100), whole=True)]
+    Rule("count", rf"(?<!output )(?<!input )\b(?:hidden[\s_])?(?:num[\s_])?layers?\s*[:=]\s*({INT})(?![\s,.-]*\d)\b",
+         lambda m: number_of(m[1]), allowed=(1, 100), whole=True)]
 
 # %% ../../nbs/graph/62b_reading.ipynb #95e11277
 _THERE = r"(?:\s+(?:after|in|for|between|on|to)\s+(?:each|every|all(?: of)?(?: the)?|the)?\s*(?:hidden\s+)?layers?\b)?"
@@ -69,32 +90,58 @@ _FUNCTIONS = r"(?:\s+(?:activations?|non-?linearity|non-?linearities)(?:\s+funct
 def _dropouts(m: re.Match[str]) -> list[float]: return [number_of(n) for n in re.findall(NUMBER, m[1])]
 
 BETWEEN = [
-    Rule("input_width", rf"\binput(?:\s+layer)?\s*[:=]?\s*(?:with|of|has)?\s*({INT})\s+(?:features|inputs|columns|variables|neurons|units|dimensions)\b", lambda m: number_of(m[1]), whole=True),
-    Rule("output", rf"\boutput(?:\s+layer)?\s*[:=]?\s*(?:(?:with|of|has|is)\s+)?(?:({INT})\s*{_UNITS}\s*)?(?:with|,|and|using|\()?\s*(?:an?\s+)?(sigmoid|softmax|linear|no)\s*(?:activation)?\)?",
+    Rule("weights",
+         rf"\b(?:loss|task)\s+weights?\s*(?:[:=]|of|are)?\s*[\[(]?({NUMBER}(?:\s*(?:,\s*and|,|and|/|:)\s*{NUMBER})+)[\])]?(?!\w)",
+         lambda m: [number_of(n) for n in re.findall(NUMBER, m[1])], allowed=(0, 1e9)),
+    Rule("input_width",
+         rf"\binput(?:\s+layer)?\s*[:=]?\s*(?:with|of|has)?\s*({INT})\s+(?:features|inputs|columns|variables|neurons|units|dimensions)\b",
+         lambda m: number_of(m[1]), whole=True),
+    Rule("output",
+         rf"\boutput(?:\s+layer)?\s*[:=]?\s*(?:(?:with|of|has|is)\s+)?(?:({INT})\s*{_UNITS}\s*)?(?:with|,|and|using|\()?\s*(?:an?\s+)"
+         rf"?(sigmoid|softmax|linear|no)\s*(?:activation)?\)?",
          lambda m: (int(number_of(m[1])) if m[1] else None, {"no": "linear"}.get(m[2], m[2]))),
-    Rule("output", rf"\boutput(?:\s+layer)?\s*[:=]?\s*(?:(?:with|of|has|is)\s+)?({INT})\s*{_UNITS}\b", lambda m: (int(number_of(m[1])), None)),
-    Rule("output", r"\b(?:a\s+|final\s+)*(sigmoid|softmax)\s+(?:output|head|at the end|final layer|output layer)(?:\s+layer|\s+activation)?\b", lambda m: (None, m[1])),
-    Rule("dropout", rf"\bdrop-?outs?(?:\s+(?:rates?|probabilit(?:y|ies)|layers?))?{SEP}((?:[\[(]\s*)?{NUMBER}(?!\d)(?:\s*(?:,\s*and|,|and)\s*{NUMBER}(?![\d.])(?!\s*(?:epochs|layers|hidden|neurons|units|rows|gpus)|[\s-]*\w+\s+(?:epochs|layers)))+(?:\s*[\])])?)", _dropouts, allowed=(0, 0.99)),
-    Rule("dropout", rf"\bdrop-?out(?:\s+(?:rate|probability|layers?))?(?:\s*\(?(?:p\s*)?{SEP[3:]}|{SEP}){VALUE}\)?{_THERE}", valued, off=0.0, allowed=(0, 0.99)),
+    Rule("output", rf"\boutput(?:\s+layer)?\s*[:=]?\s*(?:(?:with|of|has|is)\s+)?({INT})\s*{_UNITS}\b",
+         lambda m: (int(number_of(m[1])), None)),
+    Rule("output",
+         r"\b(?:a\s+|final\s+)*(sigmoid|softmax)\s+(?:output|head|at the end|final layer|output layer)(?:\s+layer|\s+activation)?\b",
+         lambda m: (None, m[1])),
+    Rule("dropout",
+         rf"\bdrop-?outs?(?:\s+(?:rates?|probabilit(?:y|ies)|layers?))?{SEP}((?:[\[(]\s*)?{NUMBER}(?!\d)(?:\s*(?:,\s*and|,|and)"
+         rf"\s*{NUMBER}(?![\d.])(?!\s*(?:epochs|layers|hidden|neurons|units|rows|gpus)|[\s-]*\w+\s+(?:epochs|layers)))+(?:\s*[\])])?)",
+         _dropouts, allowed=(0, 0.99)),
+]
+
+# %% ../../nbs/graph/62b_reading.ipynb #2bf960d0
+BETWEEN += [
+    Rule("dropout", rf"\bdrop-?out(?:\s+(?:rate|probability|layers?))?(?:\s*\(?(?:p\s*)?{SEP[3:]}|{SEP}){VALUE}\)?{_THERE}", valued,
+         off=0.0, allowed=(0, 0.99)),
     Rule("dropout", rf"({NUMBER})\s+drop-?out{_THERE}", lambda m: number_of(m[1]), allowed=(0, 0.99)),
     Rule("dropout", rf"\bdrop-?out(?:\s+(?:layers?|regulari[sz]ation))?\b{_THERE}", True, off=0.0),
     Rule("normalisation", rf"\bbatch[\s_-]?norm(?:ali[sz]ation)?(?:1d)?(?:\s+layers?)?\b{_THERE}", "batch", off="none"),
     Rule("normalisation", rf"\blayer[\s_-]?norm(?:ali[sz]ation)?(?:\s+layers?)?\b{_THERE}", "layer", off="none"),
-    Rule("activation", rf"\b(?:activations?(?:\s+functions?)?\s*(?:[:=]|is|of)?\s*)?\b({_ACT})\b{_FUNCTIONS}{_THERE}", lambda m: act_of(m[1])),
+    Rule("activation", rf"\b(?:activations?(?:\s+functions?)?\s*(?:[:=]|is|of)?\s*)?\b({_ACT})\b{_FUNCTIONS}{_THERE}",
+         lambda m: act_of(m[1])),
     Rule("activation", rf"\bsigmoid\s+activations?(?:\s+functions?)?(?:\s+(?:in|for)\s+(?:the\s+)?hidden layers)\b", "Sigmoid")]
 
 # %% ../../nbs/graph/62b_reading.ipynb #57042f76
 ARCHITECTURES = [
-    Rule("architecture", r"\b(?:deep\s+(?:&|and|-?n-?)\s*cross(?:\s+(?:network|net))?(?:\s+v?2)?|deep\s*cross\s+network|dcn(?:[\s-]?v?2)?)(?:\s*\(dcn(?:[\s-]?v2)?\))?", "dcn"),
+    Rule("architecture",
+         r"\b(?:deep\s+(?:&|and|-?n-?)\s*cross(?:\s+(?:network|net))?(?:\s+v?2)?|deep\s*cross\s+network|dcn(?:[\s-]?v?2)?)"
+         r"(?:\s*\(dcn(?:[\s-]?v2)?\))?", "dcn"),
     Rule("architecture", r"\b(?:multi-?gated?\s+)?mixture[\s-]of[\s-]experts(?:\s*\(mmoe\))?|\bmmoe\b", "mmoe"),
     Rule("architecture", r"\bwide\s*(?:&|and|-and-|\+)\s*deep\b", "wide_deep"),
-    Rule("architecture", r"\b(?:resnet\b|residual\s+(?:connections?|networks?|blocks?|layers?|mlp|net)|residual\b|skip[\s-]connections?)", "residual", off="mlp"),
-    Rule("architecture", r"\b(?:(?:a\s+)?custom\s+|self[\s-]|multi-?head\s+)*attention(?:\s+(?:mechanism|layers?|over (?:the )?columns))?\b|\b(?:ft[\s-]?)?transformer\b", "attention", off="mlp"),
-    Rule("architecture", r"\b(?:feed[\s-]?forward|mlp|multi-?layer\s+perceptron|fully[\s-]connected\s+(?:network|net)|dense\s+network)\b", "mlp"),
+    Rule("architecture", r"\b(?:resnet\b|residual\s+(?:connections?|networks?|blocks?|layers?|mlp|net)|residual\b|skip[\s-]connections?)",
+         "residual", off="mlp"),
+    Rule("architecture",
+         r"\b(?:(?:a\s+)?custom\s+|self[\s-]|multi-?head\s+)*attention(?:\s+(?:mechanism|layers?|over (?:the )?columns))?\b|"
+         r"\b(?:ft[\s-]?)?transformer\b", "attention", off="mlp"),
+    Rule("architecture", r"\b(?:feed[\s-]?forward|mlp|multi-?layer\s+perceptron|fully[\s-]connected\s+(?:network|net)|dense\s+network)\b",
+         "mlp"),
     Rule("purpose", r"\bor not\b", "or not"),
     Rule("purpose", r"\bto\s+(?:capture|learn|model)\s+(?:the\s+)?feature\s+interactions\b", "interactions"),
     Rule("size", r"\bsimple\b", "simple"), Rule("size", r"\b(?:small|tiny|lightweight|compact)\b", "small"),
-    Rule("size", r"\b(?:large|big|high-capacity)\b(?!\s+(?:data|table|batch))", "large"), Rule("size", r"\bdeep\b(?!\s+(?:part|side|tower|learning))", "deep"),
+    Rule("size", r"\b(?:large|big|high-capacity)\b(?!\s+(?:data|table|batch))", "large"),
+    Rule("size", r"\bdeep\b(?!\s+(?:part|side|tower|learning))", "deep"),
     Rule("purpose", r"\bdeep\s+(?:part|side|tower|learning)\b", "deep part")]
 NETWORK = BETWEEN[:4] + LAYERS + BETWEEN[4:] + ARCHITECTURES
 
@@ -112,33 +159,64 @@ def _shares(m: re.Match[str]) -> Any:
     if re.search(r"test|hold", m[0]): return Either(((round(0.85 * train, 6), round(train - 0.85 * train, 6), other), (train, 0.0, other)))
     return train, round(other / 2, 6), round(other / 2, 6)
 
-_LABELLED = rf"\b{_PART['train']}\s*[:=]?\s*({_PER})[\s,;/&-]*(?:and\s+)?{_PART['valid']}\s*[:=]?\s*({_PER})(?:[\s,;/&-]*(?:and\s+)?{_PART['test']}\s*[:=]?\s*({_PER}))?"
-_TRAILED = rf"\b({_PER})\s+{_PART['train']}(?:\s+data)?[\s,;/&-]*(?:and\s+)?({_PER})\s+{_PART['valid']}(?:[\s,;/&-]*(?:and\s+)?({_PER})\s+{_PART['test']})?"
+_LABELLED = (rf"\b{_PART['train']}\s*[:=]?\s*({_PER})[\s,;/&-]*(?:and\s+)?{_PART['valid']}\s*[:=]?\s*({_PER})(?:[\s,;/&-]*(?:and\s+)"
+             rf"?{_PART['test']}\s*[:=]?\s*({_PER}))?")
+_TRAILED = (rf"\b({_PER})\s+{_PART['train']}(?:\s+data)?[\s,;/&-]*(?:and\s+)?({_PER})\s+{_PART['valid']}(?:[\s,;/&-]*(?:and\s+)?({_PER})"
+            rf"\s+{_PART['test']})?")
 _ROWS = r"(?:\s+of\s+(?:the|my|our|all)?\s*(?:data(?:set)?|rows|table|samples|records))"
 SPLITS = [
-    Rule("split", rf"\b{_PART['train']}\s*[:=]?\s*({_PER})[\s,;/&-]*(?:and\s+)?{_PART['test']}\s*[:=]?\s*({_PER})|(?<![\d.])({_PER})\s+{_PART['train']}(?:\s+data)?[\s,;/&-]*(?:and\s+)?({_PER})\s+{_PART['test']}", _shares),
+    Rule("split", r"\btrain(?:ing)?\s*/\s*val(?:id|idation)?\s*/\s*test(?:ing)?(?:\s+split)?\s*(?:[:=]|of|is)?\s*\d+\s*/\s*\d+\s*/\s*\d+",
+         _shares),
+    Rule("split",
+         rf"\b{_PART['train']}\s*[:=]?\s*({_PER})[\s,;/&-]*(?:and\s+)?{_PART['test']}\s*[:=]?\s*({_PER})|(?<![\d.])({_PER})"
+         rf"\s+{_PART['train']}(?:\s+data)?[\s,;/&-]*(?:and\s+)?({_PER})\s+{_PART['test']}", _shares),
     Rule("split", _LABELLED + r"(?:\s+split)?", _shares), Rule("split", _TRAILED + r"(?:\s+split)?", _shares),
-    Rule("split", r"(?:\bsplit(?:\s+(?:of|the data|into|is))*\s*[:=]?\s*)?(?<![\d.])\d+\s?%?\s*[/:-]\s*\d+\s?%?(?:\s*[/:-]\s*\d+\s?%?)?(?:\s+(?:train(?:ing)?|test|val(?:idation)?)(?:\s*[/,-]\s*(?:train(?:ing)?|test(?:ing)?|val(?:idation)?))*)?\s*split\b", _shares),
-    Rule("split", r"\bsplit(?:\s+(?:the\s+)?(?:data|rows|it|table))?\s*(?:of|into|as|[:=])?\s*\d+\s?%?\s*[/:-]\s*\d+\s?%?(?:\s*[/:-]\s*\d+\s?%?)?", _shares),
-    Rule("valid_share", rf"\b(?:(?:hold|holding)\s+out|keep|reserve|set aside|use)?\s*(\d+(?:\.\d+)?\s?(?:%|percent)){_ROWS}?\s+(?:for|as)\s+(?:the\s+)?validation(?:\s+(?:set|data))?\b", lambda m: number_of(m[1]), allowed=(0, 0.9)),
-    Rule("valid_share", rf"\bvalidation[\s_](?:split|share|fraction|size){SEP}({NUMBER})(?!\w)", lambda m: number_of(m[1]), allowed=(0, 0.9)),
-    Rule("test_share", rf"\b(?:(?:hold|holding)\s+out|keep|reserve|set aside|use)?\s*(\d+(?:\.\d+)?\s?(?:%|percent)){_ROWS}?\s+(?:for|as)\s+(?:the\s+)?test(?:ing)?(?:\s+(?:set|data))?\b", lambda m: number_of(m[1]), allowed=(0, 0.9)),
+    Rule("split",
+         r"(?:\bsplit(?:\s+(?:of|the data|into|is))*\s*[:=]?\s*)?(?<![\d.])\d+\s?%?\s*[/:-]\s*\d+\s?%?(?:\s*[/:-]\s*\d+\s?%?)"
+         r"?(?:\s+(?:train(?:ing)?|test|val(?:idation)?)(?:\s*[/,-]\s*(?:train(?:ing)?|test(?:ing)?|val(?:idation)?))*)?\s*split\b",
+         _shares),
+    Rule("split",
+         r"\bsplit(?:\s+(?:the\s+)?(?:data|rows|it|table))?\s*(?:of|into|as|[:=])?\s*\d+\s?%?\s*[/:-]\s*\d+\s?%?(?:\s*[/:-]\s*\d+\s?%?)?",
+         _shares),
+    Rule("valid_share",
+         rf"\b(?:(?:hold|holding)\s+out|keep|reserve|set aside|use)?\s*(\d+(?:\.\d+)?\s?(?:%|percent)){_ROWS}?\s+(?:for|as)\s+(?:the\s+)"
+         rf"?validation(?:\s+(?:set|data))?\b", lambda m: number_of(m[1]), allowed=(0, 0.9)),
+    Rule("valid_share", rf"\bvalidation[\s_](?:split|share|fraction|size){SEP}({NUMBER})(?!\w)", lambda m: number_of(m[1]),
+         allowed=(0, 0.9)),
+    Rule("test_share",
+         rf"\b(?:(?:hold|holding)\s+out|keep|reserve|set aside|use)?\s*(\d+(?:\.\d+)?\s?(?:%|percent)){_ROWS}?\s+(?:for|as)\s+(?:the\s+)"
+         rf"?test(?:ing)?(?:\s+(?:set|data))?\b", lambda m: number_of(m[1]), allowed=(0, 0.9)),
     Rule("test_share", rf"\btest[\s_](?:split|share|fraction|size){SEP}({NUMBER})(?!\w)", lambda m: number_of(m[1]), allowed=(0, 0.9)),
     Rule("stratify", r"\bstratif(?:y|ied|ication)\b(?:\s+(?:split|sampling|by (?:the )?(?:target|class|label)))?", True, off=False),
     Rule("split_by", r"\b(?:time[\s-](?:based|ordered|series)?\s*split|chronological(?:\s+split)?|split\s+(?:by|on)\s+time)\b", "time"),
     Rule("shuffle", r"\bshuffl(?:e|ing)(?:\s+(?:the\s+)?(?:data|rows))?\b", True, off=False)]
-_FILL = r"\b(?:fill(?:ing)?(?:\s+in)?|imput(?:e|ing)|replac(?:e|ing))\s+(?:the\s+)?(?:missing(?:\s+(?:values|data|entries))?|nans?|nulls?|na)\s+(?:with|by|using)\s+(?:the\s+)?(?:column\s+)?"
+_FILL = (r"\b(?:fill(?:ing)?(?:\s+in)?|imput(?:e|ing)|replac(?:e|ing))\s+(?:the\s+)?(?:missing(?:\s+(?:values|data|entries))?|nans?|"
+         r"nulls?|na)\s+(?:with|by|using)\s+(?:the\s+)?(?:column\s+)?")
 ROWS = SPLITS + [
-    Rule("sample", rf"\b(?:train(?:ing)?\s+on|use|using|with|take|on)?\s*(?:only\s+)?(?:a\s+)?(?:random\s+)?(?:sample\s+of\s+)?\b(\d+(?:\.\d+)?\s?(?:%|percent|per cent)){_ROWS}", lambda m: number_of(m[1]), allowed=(1e-6, 1)),
-    Rule("sample", rf"\b(?:train(?:ing)?\s+on|use|using|with|take|on)?\s*(?:only\s+)?(?:one |a )?(half|quarter|third|tenth){_ROWS}", lambda m: {"half": 0.5, "quarter": 0.25, "third": 0.3333, "tenth": 0.1}[m[1]]),
-    Rule("sample", rf"\b(?:sample|subset|subsample)(?:\s+of)?\s+({INT})\s*(?:random\s+)?(?:rows|samples|records|examples)?(?!\w|\s*%)", lambda m: number_of(m[1]), allowed=(1, 1e12), whole=True),
-    Rule("sample", rf"\b(?:a\s+)?({NUMBER}) (?:sample|subset)\b", lambda m: number_of(m[1]) if number_of(m[1]) <= 1 else int(number_of(m[1])), allowed=(1e-6, 1e12)),
-    Rule("drop_duplicates", r"\b(?:drop(?:ping)?|remov(?:e|ing)|delet(?:e|ing)|ignor(?:e|ing)|without)\s+(?:the\s+|any\s+)?duplicate[sd]?(?:\s+rows)?\b|\bde-?duplicate\b", True),
-    Rule("scale", r"\bmin[\s-]?max(?:[\s-](?:scal(?:ing|er|ed)|normali[sz]ation))?\b(?:\s+(?:the\s+)?(?:features|inputs|columns))?", "minmax"),
+    Rule("sample",
+         rf"\b(?:train(?:ing)?\s+on|use|using|with|take|on)?\s*(?:only\s+)?(?:a\s+)?(?:random\s+)?(?:sample\s+of\s+)?\b(\d+(?:\.\d+)"
+         rf"?\s?(?:%|percent|per cent)){_ROWS}", lambda m: number_of(m[1]), allowed=(1e-6, 1)),
+    Rule("sample", rf"\b(?:train(?:ing)?\s+on|use|using|with|take|on)?\s*(?:only\s+)?(?:one |a )?(half|quarter|third|tenth){_ROWS}",
+         lambda m: {"half": 0.5, "quarter": 0.25, "third": 0.3333, "tenth": 0.1}[m[1]]),
+    Rule("sample", rf"\b(?:sample|subset|subsample)(?:\s+of)?\s+({INT})\s*(?:random\s+)?(?:rows|samples|records|examples)?(?!\w|\s*%)",
+         lambda m: number_of(m[1]), allowed=(1, 1e12), whole=True),
+    Rule("sample", rf"\b(?:a\s+)?({NUMBER}) (?:sample|subset)\b", lambda m: number_of(m[1]) if number_of(m[1]) <= 1
+         else int(number_of(m[1])), allowed=(1e-6, 1e12)),
+    Rule("drop_duplicates",
+         r"\b(?:drop(?:ping)?|remov(?:e|ing)|delet(?:e|ing)|ignor(?:e|ing)|without)\s+(?:the\s+|any\s+)?duplicate[sd]?(?:\s+rows)?\b|"
+         r"\bde-?duplicate\b", True),
+    Rule("scale", r"\bmin[\s-]?max(?:[\s-](?:scal(?:ing|er|ed)|normali[sz]ation))?\b(?:\s+(?:the\s+)?(?:features|inputs|columns))?",
+         "minmax"),
     Rule("scale", r"\brobust(?:ly)?[\s-]scal(?:ing|er|ed)\b", "robust"),
-    Rule("scale", r"\bstandardi[sz](?:e|ed|ation|ing)\b(?:\s+(?:the\s+|all\s+)?(?:features|inputs|columns|data))?|\bstandard[\s-]scal(?:ing|er)\b|\bz-?scores?\b|\bnormali[sz](?:e|ing)\s+(?:the\s+|all\s+)?(?:input\s+)?(?:features|inputs|columns|data)\b", "standard", off="none"),
+    Rule("scale",
+         r"\bstandardi[sz](?:e|ed|ation|ing)\b(?:\s+(?:the\s+|all\s+)?(?:features|inputs|columns|data))?|\bstandard[\s-]scal(?:ing|er)\b|"
+         r"\bz-?scores?\b|\bnormali[sz](?:e|ing)\s+(?:the\s+|all\s+)?(?:input\s+)?(?:features|inputs|columns|data)\b", "standard",
+         off="none"),
     Rule("scale", r"\b(?:no|without)\s+(?:feature\s+)?(?:scaling|normali[sz]ation)\b", "none"),
     *[Rule("missing", _FILL + said + r"\b", how) for said, how in {"mean": "mean", "median": "median", "(?:0|zeros?)": "zero"}.items()],
     *[Rule("missing", rf"\b{how}\s+imputation\b", how) for how in ("mean", "median")],
-    Rule("pretrained", r"\b(?:(?:using|with|use)\s+)?(?:pre-?trained\s+(?:embeddings?|weights)|transfer\s+learning)\s+(?:from|of|by)\s+(?:the\s+)?(?:model\s+)?<?([\w./-]*\w)>?", lambda m: m[1]),
-    Rule("name", r"\b(?:call|name)\s+(?:it|this|the model)\s+[\"'`]?([\w-]+)[\"'`]?", lambda m: m[1]), Rule("name", r"\bmodel name\s*[:=]\s*[\"'`]?([\w-]+)", lambda m: m[1])]
+    Rule("pretrained",
+         r"\b(?:(?:using|with|use)\s+)?(?:pre-?trained\s+(?:embeddings?|weights)|transfer\s+learning)\s+(?:from|of|by)\s+(?:the\s+)"
+         r"?(?:model\s+)?<?([\w./-]*\w)>?", lambda m: m[1]),
+    Rule("name", r"\b(?:call|name)\s+(?:it|this|the model)\s+[\"'`]?([\w-]+)[\"'`]?", lambda m: m[1]),
+    Rule("name", r"\bmodel name\s*[:=]\s*[\"'`]?([\w-]+)", lambda m: m[1])]

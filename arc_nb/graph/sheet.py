@@ -38,15 +38,24 @@ def told(
 # %% ../../nbs/graph/63a_sheet.ipynb #28f042b2
 ASK, LISTED = "Questions", "Not understood"
 SOURCES = {"words": "From your words", "data": "From the data", "default": "Defaults"}
-_SHAPE = """.arc-plan{padding:14px 16px;border-radius:8px;font:13px/1.5 system-ui,sans-serif;max-width:900px}.arc-plan h3{margin:0 0 2px;font-size:17px}.arc-plan h4{margin:14px 0 4px;font-size:13px}
-.arc-plan p{margin:2px 0}.arc-plan table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;background:transparent}.arc-plan td{padding:3px 10px 3px 0;border-top:1px solid;text-align:left;vertical-align:top;background:transparent;white-space:normal}
-.arc-plan td:first-child{width:150px;white-space:nowrap}.arc-plan td:nth-child(2){width:230px;font-weight:600;overflow-wrap:anywhere}.arc-plan td:nth-child(3){overflow-wrap:anywhere}.arc-plan .note{border-left:4px solid;border-radius:4px;padding:6px 12px;margin:8px 0}.arc-plan .note ul{margin:2px 0 2px 18px;padding:0}
-.arc-plan summary{cursor:pointer;margin:10px 0 4px;font-weight:600}.arc-plan pre{overflow:auto;max-height:420px;padding:10px;border-radius:6px;font-size:12px;line-height:1.4}.arc-plan .net{overflow:auto;margin:10px 0}.arc-plan .chip{border:1px solid;border-radius:10px;padding:1px 8px;margin:0 4px 2px 0;display:inline-block}"""
+_SHAPE = """.arc-plan{padding:14px 16px;border-radius:8px;font:13px/1.5 system-ui,sans-serif;max-width:900px}
+.arc-plan h3{margin:0 0 2px;font-size:17px}.arc-plan h4{margin:14px 0 4px;font-size:13px}.arc-plan p{margin:2px 0}
+.arc-plan table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;background:transparent}
+.arc-plan td{padding:3px 10px 3px 0;border-top:1px solid;text-align:left;vertical-align:top;background:transparent;white-space:normal}
+.arc-plan td:first-child{width:150px;white-space:nowrap}
+.arc-plan td:nth-child(2){width:230px;font-weight:600;overflow-wrap:anywhere}.arc-plan td:nth-child(3){overflow-wrap:anywhere}
+.arc-plan .note{border-left:4px solid;border-radius:4px;padding:6px 12px;margin:8px 0}
+.arc-plan .note ul{margin:2px 0 2px 18px;padding:0}.arc-plan summary{cursor:pointer;margin:10px 0 4px;font-weight:600}
+.arc-plan pre{overflow:auto;max-height:420px;padding:10px;border-radius:6px;font-size:12px;line-height:1.4}
+.arc-plan .net{overflow:auto;margin:10px 0}
+.arc-plan .chip{border:1px solid;border-radius:10px;padding:1px 8px;margin:0 4px 2px 0;display:inline-block}"""
 
 def _colours(theme: str) -> str:
     c = THEMES[theme]
-    return (f".arc-plan,.arc-plan td,.arc-plan summary{{background:{c['bg']};color:{c['fg']}}}.arc-plan td{{border-color:{c['line']}}}.arc-plan .faint{{color:{c['faint']}}}"
-            f".arc-plan .note,.arc-plan pre{{background:{c['note']};color:{c['fg']}}}.arc-plan .ask{{border-color:{c['bad']}}}.arc-plan .left{{border-color:{c['warn']}}}.arc-plan .flag{{border-color:{c['train']}}}.arc-plan .chip{{border-color:{c['ghost']}}}")
+    return (f".arc-plan,.arc-plan td,.arc-plan summary{{background:{c['bg']};color:{c['fg']}}}.arc-plan "
+            f"td{{border-color:{c['line']}}}.arc-plan .faint{{color:{c['faint']}}}"
+            f".arc-plan .note,.arc-plan pre{{background:{c['note']};color:{c['fg']}}}.arc-plan .ask{{border-color:{c['bad']}}}.arc-plan "
+            f".left{{border-color:{c['warn']}}}.arc-plan .flag{{border-color:{c['train']}}}.arc-plan .chip{{border-color:{c['ghost']}}}")
 
 STYLE = f"<style>{_SHAPE}{_colours('light')}@media(prefers-color-scheme:dark){{{_colours('dark')}}}</style>"
 
@@ -63,7 +72,8 @@ def table(
     reasons: Iterable[Reason],
 ) -> str:
     """A row a choice."""
-    cell = lambda r: f"<tr><td class='faint'>{escape(told(r.what))}</td><td>{escape(shown(r.value))}</td><td class='faint'>{escape(r.because)}</td></tr>"
+    cell = (lambda r: f"<tr><td class='faint'>{escape(told(r.what))}</td><td>{escape(shown(r.value))}</td><td "
+                      f"class='faint'>{escape(r.because)}</td></tr>")
     return f"<table>{''.join(map(cell, reasons))}</table>"
 
 # %% ../../nbs/graph/63a_sheet.ipynb #d31de65e
@@ -74,9 +84,11 @@ def sheet(
     chip = lambda c, first: f"<span class='chip'>{escape(shown(c))}{' (taken for now)' if first else ''}</span>"
     asked = [f"{escape(q.text)}<br>{''.join(chip(c, k == 0) for k, c in enumerate(q.candidates))}" for q in plan.questions]
     goal = ", ".join(f"{escape(t)} ({escape(k)})" for t, k in plan.targets.items())
-    head = f"<h3>{escape(plan.name)}</h3><p class='faint'>plan {plan.id} · {escape(plan.task)} · predicts {goal} · from {escape(plan.table)}, {plan.profile.rows:,} rows</p>"
+    head = (f"<h3>{escape(plan.name)}</h3><p class='faint'>plan {plan.id} · {escape(plan.task)} · predicts {goal} · from "
+            f"{escape(plan.table)}, {plan.profile.rows:,} rows</p>")
     words = "".join(f"<p>“{escape(line)}”</p>" for line in [plan.instruction.strip(), *plan.revisions] if line)
-    notes = note("ask", ASK, asked) + note("left", LISTED, (f"“{escape(p)}”" for p in plan.not_understood)) + note("flag", "Worth knowing", map(escape, plan.flags))
+    notes = note("ask", ASK, asked) + note("left", LISTED, (f"“{escape(p)}”" for p in plan.not_understood)) + note("flag",
+        "Worth knowing", map(escape, plan.flags))
     by = {source: [r for r in plan.reasons if r.source == source] for source in SOURCES}
     tables = "".join(f"<h4>{SOURCES[s]}</h4>{table(by[s])}" for s in ("words", "data") if by[s])
     rest = f"<details><summary>{SOURCES['default']} ({len(by['default'])})</summary>{table(by['default'])}</details>"

@@ -14,15 +14,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # %% ../../nbs/graph/62_words.ipynb #2a96ffe7
-_UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+_UNITS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+          "eighteen nineteen").split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-SPOKEN = {w: k for k, w in enumerate(_UNITS)} | {w: 10 * k for k, w in enumerate(_TENS, 2)} | {"single": 1, "hundred": 100, "thousand": 1000}
+SPOKEN = {w: k for k, w in enumerate(_UNITS)} | {w: 10 * k for k, w in enumerate(_TENS, 2)} | {"single": 1, "hundred": 100,
+    "thousand": 1000}
 _NAME = "|".join(sorted(SPOKEN, key=len, reverse=True))
-_DIGITS = (r"(?:(?:\d+(?:\.\d+)?\s?[x*]\s?)?10\s?(?:\^|\*\*)\s?-?\d+|1/\d+|\d{1,3}(?:,\d{3})+(?!\d|,\d)|0,\d+|(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?)"
+_DIGITS = (r"(?:(?:\d+(?:\.\d+)?\s?[x*]\s?)?10\s?(?:\^|\*\*)\s?-?\d+|1/\d+|\d{1,3}(?:,\d{3})+(?!\d|,\d)|0,\d+|(?:\d+(?:\.\d+)?|\.\d+)"
+           r"(?:e[-+]?\d+)?)"
            r"(?:\s?(?:%|percent\b|per cent\b)|[km]\b)?")
 NUMBER = rf"(?:(?<![\w.)\]])[-+]?(?<![\d.]){_DIGITS}|\b(?:{_NAME})(?:[\s-](?:{_NAME}))*\b)"  # one number, as a pattern without groups
 WHOLE = rf"(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+(?:k\b)?|\b(?:{_NAME})(?:[\s-](?:{_NAME}))*\b)"  # one that has no sign and no fraction
-LIST = (r"(?:[\[(] *)?\d+k?(?: *(?:, *and\b|,|->|=>|-|/|\band\b|\bthen\b) *\d+k?(?![\d.]* *(?:%|epoch|batch)))+(?: *[\])])?")  # two or more sizes in a line
+# two or more sizes in a line
+LIST = (r"(?:[\[(] *)?\d+k?(?: *(?:, *and\b|,|->|=>|-|/|\band\b|\bthen\b) *\d+k?(?![\d.]* *(?:%|epoch|batch)))+(?: *[\])])?")
 
 def number_of(
     said: str,  # what NUMBER matched
@@ -97,15 +101,17 @@ class Text:
         return re.sub(r"^- ", "", re.sub(r"\s+", " ", self.raw[start:end]).strip(" ,.;:!?"))
 
 # %% ../../nbs/graph/62_words.ipynb #9a3a6f14
-LITTLE = set("""a an the this that these those it its i we you me my our your us he she they please thanks thank hello hi dear could can would
-will shall should let lets let's want need like i'd i'm we'd wish help make makes making made build building create creating construct design develop set setup get give have has do does go
-be is are was am being use uses using used utilize apply add adding include including take put try keep with of for to in on at by as from into
-and but also plus then so which what who whose when where while there here each all both some any such via per about around approximately roughly
-model models network networks net nets neural ml ai machine learning algorithm system approach
-train training trained trainer fit fitting run predict predicts predicting prediction predictions predictive tell tells learn learns
-data dataset datasets table tables row rows record records feature features column columns input inputs variable variables value values field fields else everything respectively exactly followed says
-following new one default defaults hyperparameter hyperparameters parameter parameters setting settings option options standard usual task problem job goal
-epoch optimiser optimize optimizes minimise minimize minimizing e.g. eg i.e. ie etc etc. according""".split()) - {"optimiser", "according", "epoch", "learning"} | {"just", "learning"}
+LITTLE = set("""
+a an the this that these those it its i we you me my our your us he she they please thanks thank hello hi dear could can would will
+shall should let lets let's want need like i'd i'm we'd wish help make makes making made build building up together create creating
+construct design develop set setup get give have has do does go be is are was am being use uses using used utilize apply add adding
+include including take put try keep with of for to in on at by as from into and but also plus then so which what who whose when
+where while there here each all both some any such via per about around approximately roughly model models network networks net nets
+neural ml ai machine learning algorithm system approach train training trained trainer fit fitting run predict predicts predicting
+prediction predictions predictive tell tells learn learns data dataset datasets table tables row rows record records feature
+features column columns input inputs variable variables value values field fields else everything respectively exactly followed says
+following new one default defaults hyperparameter hyperparameters parameter parameters setting settings option options standard
+usual task problem job goal optimize optimizes minimise minimize minimizing e.g. eg i.e. ie etc etc. just""".split())
 
 def _phrases(text: Text) -> list[tuple[int, int]]:
     """What is left, as runs of words in which only little words stand between; a comma, a line or what was read ends a run."""
