@@ -22,13 +22,14 @@ def _curves(go: Any, p: Curves, c: dict[str, str], fill: str | None = None) -> A
     for line in p.lines:
         ghost = line.role == "ghost"
         mode = "lines+markers" if line.dots and len(line.x) <= 60 else "lines"
-        pen = {"color": c["train" if line.role == "raw" else line.role], "width": 1.2 if ghost else 2}
+        ink = c["train" if line.role == "raw" else line.role]
+        wash = f"rgba({','.join(str(int(ink[i:i + 2], 16)) for i in (1, 3, 5))},0.16)"
         out.add_scatter(x=np.asarray(line.x), y=np.asarray(line.y), name=line.name, mode=mode, showlegend=bool(line.name), fill=fill,
-                        hoverinfo="skip" if ghost else None, line=pen)
+                        hoverinfo="skip" if ghost else None, line={"color": ink, "width": 1.2 if ghost else 2}, fillcolor=wash)
     if p.marks:
         x, y, text = zip(*p.marks)
         ring = {"size": 10, "color": c["bg"], "line": {"color": c["fg"], "width": 2}}
-        out.add_scatter(x=x, y=y, text=text, mode="markers+text", textposition="bottom center", showlegend=False, marker=ring)
+        out.add_scatter(x=x, y=y, text=text, mode="markers+text", textposition="bottom right", showlegend=False, marker=ring)
     out.update_layout(xaxis={"title": {"text": p.x_label}, "range": p.x_range}, yaxis={"title": {"text": p.y_label}, "range": p.y_range})
     return out
 
@@ -49,7 +50,8 @@ def _bars(go: Any, p: Bars, c: dict[str, str]) -> Any:
 
 def _dots(go: Any, p: Dots, c: dict[str, str]) -> Any:
     "A trace a quantity."
-    traces = [go.Scatter(x=np.asarray(v, float), y=list(p.names), name=name, mode="markers", marker={"size": 11, "color": c[role]})
+    traces = [go.Scatter(x=np.asarray(v, float), y=list(p.names), name=name, mode="markers", cliponaxis=False,
+                         marker={"size": 11, "color": c[role]})
               for (name, v), role in zip(p.values.items(), "abcdef")]
     out = go.Figure(traces)
     out.update_layout(yaxis={"autorange": "reversed", "type": "category"}, xaxis={"range": p.range}, height=140 + 22 * len(p.names))
@@ -92,5 +94,6 @@ def figure(panel: Panel,           # Curves, Steps, Bars, Dots, Matrix or Cloud
     look = template(theme)
     out = _WAYS[type(panel)](go, panel, THEMES[theme])
     note = f"  <span style='color:{THEMES[theme]['faint']};font-size:12px'>{panel.note}</span>" if panel.note else ""
-    out.update_layout(template=look, title={"text": panel.title + note, "font": {"size": 15}})
+    heading = {"text": panel.title + note, "font": {"size": 15}, "x": .01, "xanchor": "left", "y": .97, "yanchor": "top"}
+    out.update_layout(template=look, title=heading, height=out.layout.height or 380, margin={"t": 76})  # the legend lies below the title
     return out
