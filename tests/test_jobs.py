@@ -86,6 +86,7 @@ def test_what_a_job_says_is_kept(jobs):
     assert job.result == {"n": 4, "run": str(job.run), "folder": str(job.folder)} and job.log() == "printed\n"
     assert job.created <= job.started <= job.ended and not (job.folder / "work.pkl").exists()
     assert job.folder.stat().st_mode & 0o077 == 0
+    assert {"Type:       demo", "Status:     completed", "Metrics:    n 3"} <= set(str(job).splitlines())
     frame = jobs.frame()
     assert list(frame.columns) == ["Job ID", "Type", "Name", "Status", "Message", "Updated"] and frame["Job ID"].tolist() == [job.id]
 
@@ -137,7 +138,7 @@ def test_a_training_is_followed_cancelled_and_keeps_its_work(jobs):
     from arc_nb.engine.checkpoint import newest_good
     assert newest_good(job.run / "checkpoints")
     with pytest.raises(ValueError, match="is cancelled and cannot become cancelled"): job.cancel()
-    assert job.show().source.name == "run" and "<svg" in job._repr_html_()
+    assert job.show().source.name == "m" and "<svg" in job._repr_html_()
 
 
 def test_a_training_of_two_processes_can_be_cancelled_too(jobs):

@@ -128,6 +128,13 @@ def test_models_that_cannot_be_traced_and_take_names(tmp_path):
     data = {"left": X, "right": X, "y": Y}
     Trainer(Named(), data, loss="cross_entropy", run=tmp_path / "b", board=False, track="tensorboard").fit(epochs=1)
     assert read(tmp_path / "b/tensorboard").Tags()["graph"]
+
+    class Two(Named):
+        "Inputs by name, outputs by name: what an Arc-Graph is."
+        def forward(self, left, right): return {"logits": super().forward(left, right), "probabilities": self.layer(left).softmax(1)}
+    loss = lambda out, y: nn.functional.cross_entropy(out["logits"], y)
+    Trainer(Two(), data, loss=loss, run=tmp_path / "d", board=False, track="tensorboard").fit(epochs=1)
+    assert read(tmp_path / "d/tensorboard").Tags()["graph"]
     step = lambda model, batch: model(batch[0]).mean()
     Trainer(nn.Linear(2, 1), (X, Y), step=step, run=tmp_path / "c", board=False, track="tensorboard").fit(epochs=1)
     assert "train/loss" in read(tmp_path / "c/tensorboard").Tags()["scalars"]

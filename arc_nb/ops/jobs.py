@@ -9,6 +9,7 @@ __all__ = ['PAUSE', 'Known', 'Heard', 'Job', 'Listed', 'Jobs']
 
 # %% ../../nbs/ops/80e_jobs.ipynb #1bc9f729
 import difflib
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -41,6 +42,15 @@ class Known:
 
     def __repr__(self) -> str: return f"Job({self.id!r}, {self.kind} {self.name!r}: {self.status})"
 
+    def __str__(self) -> str:
+        """Key and value, a line each, for a terminal."""
+        row, run = self.row(), self.run if self.run.exists() else ""
+        when = {name.capitalize(): _moment(row[name]) for name in ("created", "started", "ended") if row[name]}
+        told = {"Job ID": self.id, "Type": row["kind"], "Name": row["name"], "Status": row["status"], "Message": row["message"], **when,
+                "Metrics": _pairs(row["metrics"]), "Result": _pairs(row["result"] or {}), "Run folder": run,
+                "Log": self.folder / "log.txt", "Error": "\n" + row["error"].strip() if row["error"] else ""}
+        return "\n".join(f"{name + ':':12}{text}" for name, text in told.items() if text)
+
     def row(self) -> dict[str, Any]:
         """All columns of the table, at this moment."""
         return state(self.store, self.id)
@@ -69,6 +79,15 @@ class Known:
     def pid(self) -> int: return self.row()["pid"]
     @property
     def active(self) -> bool: return self.status in ACTIVE
+
+# %% ../../nbs/ops/80e_jobs.ipynb #77b6af0f
+def _moment(seconds: float) -> str:
+    """A time of the table, as this machine's clock tells it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    """Names and values on a line, numbers in four digits."""
+    return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items())
 
 # %% ../../nbs/ops/80e_jobs.ipynb #c7ddad10
 class Heard(Known):
@@ -125,13 +144,22 @@ class Job(Heard):
         timeout: float = 60.0,  # seconds to wait for a training to begin
     ) -> "Board":
         """The board of its training, live while it goes on. ValueError where there is none: it waits for its turn, or trains nothing."""
-        from arc_nb.runs import show
         until = time.monotonic() + timeout
         while self.active and not (self.run / "status.json").exists() and time.monotonic() < until: time.sleep(PAUSE)
-        if (self.run / "status.json").exists(): return show(self.run)
+        if (self.run / "status.json").exists(): return self._board()
         row = self.row()
         why = "and waits for its turn" if row["status"] == "pending" else "and has no training to show; .log() has what it printed"
         raise ValueError(f"job {self.id} is {row['status']} {why}{': ' + row['message'] if row['message'] else ''}")
+
+    def _board(self) -> "Board":
+        from arc_nb.runs import Run, follow
+        source = Run(self.run)
+        source.name = self.name  # all runs of jobs are in a folder of one name
+        board = source.live = source.board()
+        board.show()
+        if source.status.alive: threading.Thread(target=follow, args=(source, board), daemon=True).start()
+        else: board.finish()
+        return board
 
     def picture(self) -> str:
         """Name, state, message, numbers and losses, as SVG."""
@@ -179,7 +207,7 @@ class Listed:
         found = rows(self.store, limit=limit)
         columns = {"Job ID": "id", "Type": "kind", "Name": "name", "Status": "status", "Message": "message"}
         table = {title: pd.Series([row[name] for row in found], dtype=object) for title, name in columns.items()}
-        touched = [time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["updated"])) for row in found]
+        touched = [_moment(row["updated"]) for row in found]
         return pd.DataFrame({**table, "Updated": pd.to_datetime(touched)})
 
     def _repr_html_(self) -> str: return self.frame()._repr_html_()  # type: ignore[operator]

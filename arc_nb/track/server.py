@@ -193,8 +193,10 @@ def _started(places: Places, logdir: str, port: int) -> dict[str, Any]:
 def leased(
     home: str | Path,
 ) -> Iterator[None]:
-    """While inside, a TensorBoard of this home that runs, or that somebody starts, does not end."""
-    places = Places(home)
+    """While inside, a TensorBoard of this home that runs, or that somebody starts, does not end. Who held it before holds it after."""
+    places, pid = Places(home), os.getpid()
+    held = pid in places.holders()
     places.hold()
     try: yield
-    finally: places.let_go()
+    finally:
+        if not held and pid == os.getpid(): places.let_go()

@@ -90,7 +90,7 @@ def add_graph(
         with seeded(0), keeping_modes(model), torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             model.eval()
-            writer.add_graph(traced, values)
+            writer.add_graph(traced, values, use_strict_trace=False)  # a model may return a dict
     except Exception as error:  # whatever a tracer stumbles over
         said = (str(error).strip().splitlines() or [""])[0][:200]
         warn(f"TensorBoard has no graph of this model: {type(error).__name__}: {said}", RuntimeWarning)
