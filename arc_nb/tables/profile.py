@@ -93,6 +93,11 @@ class Profile:
     def __repr__(self) -> str:
         return f"Profile({self.name!r}: {self.rows:,} rows, {len(self.columns)} columns)"
 
+    def __str__(self) -> str:
+        frame = self.frame().drop(columns=["kind", "length"])
+        shown = frame.to_string(index=False, na_rep="", float_format="{:.4g}".format, max_colwidth=24)
+        return f"{self.name}: {self.rows:,} rows, {self.duplicates:,} repeated, {len(self.columns)} columns\n{shown}"
+
     def _repr_html_(self) -> str:
         from arc_nb.tables.portrait import portrait
         return portrait(self)

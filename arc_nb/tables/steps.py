@@ -181,6 +181,9 @@ class Ran:
         if name not in self.outputs: raise unknown(name, self.outputs, "output")
         return next(m for m in self.made if m.name == name)
 
+    def __str__(self) -> str:
+        return f"{self.id or self.name}, {self.seconds:.2f} s\n{self.frame().to_string(index=False, na_rep='', max_colwidth=60)}"
+
     @property
     def picture(self) -> str:
         """The steps and what flows between them, as SVG."""
