@@ -18,7 +18,10 @@ from arc_nb.marks import read_yaml, write_yaml
 
 DATA = Path(__file__).parent / "data" / "graphs"
 GOOD = ["a", "b", "c", "e", "towers", "sequence"]
-read = lambda name: Graph.from_yaml(DATA / f"{name}.yaml", DATA / "d_trainer.yaml") if name == "d_model" else Graph.from_yaml(DATA / f"{name}.yaml")
+
+def read(name):
+    "A graph of the data folder."
+    return Graph.from_yaml(DATA / f"{name}.yaml", DATA / "d_trainer.yaml" if name == "d_model" else None)
 
 # ---- what is good
 
@@ -64,12 +67,11 @@ def test_shapes_without_memory_are_those_of_a_run(name):
     model.eval(), again.eval()
     first = model(*inputs.values())
     second = again(**inputs)
-    for key in out:
-        assert torch.equal(first[key] if isinstance(first, dict) else first, second[key] if isinstance(second, dict) else second)
+    for a, b in zip(first.values(), second.values()) if isinstance(first, dict) else [(first, second)]: assert torch.equal(a, b)
 
 def test_every_layer_of_the_table_answers_for_its_parameters():
-    assert len([t for t, op in operations().items() if not op.function]) >= 94 and len([t for t,
-                                                                                        op in operations().items() if op.function]) >= 53
+    functions = [op for op in operations().values() if op.function]
+    assert len(operations()) - len(functions) >= 94 and len(functions) >= 53
     for op in operations().values(): assert "self" not in op.params and op.args, op.type
 
 def test_a_registered_layer_is_used_by_its_name():
@@ -87,22 +89,22 @@ def test_pictures_are_drawn(name):
     assert text.startswith("<svg") and "<script" not in text and len(text) < 40_000
 
 def test_names_from_a_file_stay_text_in_the_picture():
-    text = picture(Graph.from_yaml("name: '<script>alert(1)</script>'\ninputs: {x: {shape: [null, 2]}}\ngraph: [{name: t, type: '<b>', inputs: [x]}]"))
+    head = "name: '<script>alert(1)</script>'\ninputs: {x: {shape: [null, 2]}}\n"
+    text = picture(Graph.from_yaml(head + "graph: [{name: t, type: '<b>', inputs: [x]}]"))
     assert "<script>" not in text and "<b>" not in text
 
 # ---- what is malformed
 
 EVIL = ["os.system", "builtins.eval", "builtins.exec", "subprocess.Popen", "torch.load", "torch.hub.load", "torch.nn.Module",
-        "torch.nn.Linaer",
-        "__import__('os').system('touch pwned')", "torch.ops.aten.add", "custom.Nope", "module.Nope", "torch.nn.functional", "torch", "",
-        "arc.stac",
-        "torch.nn.utils.skip_init", "torch.compile", "numpy.load", "torch.nn.Sequential"]
+        "torch.nn.Linaer", "__import__('os').system('touch pwned')", "torch.ops.aten.add", "custom.Nope", "module.Nope",
+        "torch.nn.functional",
+        "torch", "", "arc.stac", "torch.nn.utils.skip_init", "torch.compile", "numpy.load", "torch.nn.Sequential"]
 
 def places(value, path=()):
     "Every place in plain data."
     yield path, value
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield from places(inner, (*path, key))
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in pairs: yield from places(inner, (*path, key))
 
 def changed(value, path, new):
     "A copy with another value at a place; DROP takes the key out, a function is called with the old value."
@@ -123,94 +125,70 @@ def renamed(value, path, new):
     return value
 
 DROP = object()
-WRONG = {"shape": ["eight", [], [None, -8], [None, "x"], [None, 3.5], [None, 2**70], {}], "dtype": ["complex64", 8, "os.system", []],
-         "columns": [["age", "age"], "age", [1, {"a": 2}]], "epochs": [0, -5, "many", True, 2.5, [], None], "batch_size": [0, -1, "x",
-                                                                                                                           True, 1.5],
-         "lr": [0, -1, "fast", True, [1], float("nan"), float("inf")], "validation_split": [1, -0.1, "x", 2], "in_features": [-1,
-                                                                                                                              "__import__('os')", 10**12, None, [4], 5],
-         "out_features": [-3, "many", 10**12], "count": [0, -1, 10**9, "x", 1.5, True], "embedding_dim": [0, "x", None], "vocab_size": [0,
-                                                                                                                                        -2, None],
-         "metrics": [["acuracy"], "accuracy", [1]], "seed": ["x", True], "weight": [-1, 0, "x"], "delta": [-1, "x"], "momentum": [-1, "x"],
-         "weight_decay": [-1, "x"], "gradient_clip_norm": [0, -1, "x"], "early_stopping_patience": [0, -1, "x", 1.5],
-         "num_layers": [10**9, "x"],
-         "num_heads": [3, 0, "x"], "hidden_size": [0, -1, "x", None], "betas": [[2, 3], "x", [0.9]], "_target_": ["builtins.eval",
-                                                                                                                  "os.system", "torch.relu", 7],
-         "kind": ["bytes", 3], "by": ["luck", 1], "nesterov": ["perhaps"], "label_smoothing": [3, "x"], "categorical": ["perhaps", 7],
-         "floor": [7, "x"]}
+PIECES = read_yaml(DATA / "mutations.yaml").value
 CODE = ["!!python/object/apply:os.system ['touch pwned']", "!!python/name:os.system",
         "!!python/object/new:subprocess.Popen [['touch', 'pwned']]",
         "!!python/module:os", "!!python/object/apply:builtins.eval ['open(\"pwned\", \"w\")']", "!!set {a}", "!Ref x", "!!binary aGk="]
+
+NAMED = ("type", "name", "graph", "inputs", "shape", "in_features", "out_features", "input_size", "embed_dim", "module", "vocab_size")
+PLAIN = ("params", "config", "columns", "betas", "metrics", "shape", "inputs", "tensors", "outputs", "modules")
+
+def needed(path):
+    "Whether the key at a place cannot be left out."
+    key = path[-1]
+    spare = key == "name" and len(path) == 1 or key == "inputs" and "loss" in path or key == "type" and "optimizer" in path
+    return key in NAMED and not spare
+
+def free(path):
+    "Whether the key at a place is a name that the file chooses."
+    above = path[-2:-1]
+    entry = above == ("inputs",) and len(path) < 4 and "graph" not in path
+    return not isinstance(path[-1], str) or above in (("outputs",), ("modules",), ("columns",)) or entry or path[-1] == "model"
+
+def reference(path, value):
+    "Whether a reference stands at a place."
+    named = path[0] == "modules" and len(path) == 4  # the arguments of a module
+    return isinstance(value, str) and path[-2:-1] in (("inputs",), ("outputs",), ("tensors",)) and "loss" not in path and not named
 
 def mutations():
     "Name, text, and the place that the message has to tell of, for every malformed graph."
     for base in ("a", "c", "e", "towers", "sequence"):
         data = read_yaml(DATA / f"{base}.yaml").value
-        for path, value in places(data):
-            key = path[-1] if path else None
-            where = f"{base}: {'.'.join(map(str, path))}"
-            if key == "type" and "graph" in path:
-                for evil in EVIL: yield f"{where} = {evil}", changed(data, path, evil), path
-            if key in ("type", "name", "graph", "inputs", "shape", "in_features", "out_features", "input_size", "embed_dim", "module",
-                       "vocab_size") and not (
-                    key == "name" and len(path) == 1 or key == "inputs" and "loss" in path or key == "type" and "optimizer" in path):
-                yield f"{where} dropped", changed(data, path, DROP), path[:-1]
-            if isinstance(key, str) and path[-2:-1] not in (("outputs",), ("modules",)) and not (path[-2:-1] == ("inputs",
-                                                                                                                 ) and len(path) < 4 and "graph" not in path):
-                if path[-2:-1] != ("columns",) and key not in ("model",):
-                    yield f"{where} misspelt", renamed(data, path, key + "q"), (*path[:-1], key + "q")
-            if isinstance(value, str) and (path[-2:-1] in (("inputs",), ("outputs",)) or path[-2:-1] == ("tensors",
-                                                                                                         )) and "loss" not in path and not (path[0] == "modules" and len(path) == 4):
-                for ref in ("nothing.output", value.split(".")[0] + ".banana", "__class__", value + ".9.x", "", "../../etc/passwd"):
-                    yield f"{where} -> {ref!r}", changed(data, path, ref), path
-            for new in WRONG.get(key, []): yield f"{where} = {str(new)[:30]}", changed(data, path, new), path
-            if isinstance(value, (dict, list)) and path and key not in ("params", "config", "columns", "betas", "metrics", "shape",
-                                                                        "inputs", "tensors", "outputs", "modules"):
-                yield f"{where} a word", changed(data, path, "word"), path
+        for path, value in [p for p in places(data) if p[0]]:
+            for name, new in mutants(data, path, value): yield f"{base}: {'.'.join(map(str, path))} {name}", *new
+
+def mutants(data, path, value):
+    "The malformed graphs that one place gives."
+    key = path[-1]
+    if key == "type" and "graph" in path: yield from ((f"= {evil}", (changed(data, path, evil), path)) for evil in EVIL)
+    if needed(path): yield "dropped", (changed(data, path, DROP), path[:-1])
+    if not free(path): yield "misspelt", (renamed(data, path, key + "q"), (*path[:-1], key + "q"))
+    if reference(path, value):
+        for ref in ("nothing.output", value.split(".")[0] + ".banana", "__class__", value + ".9.x", "", "../../etc/passwd"):
+            yield f"-> {ref!r}", (changed(data, path, ref), path)
+    for new in PIECES["wrong"].get(key, []): yield f"= {str(new)[:30]}", (changed(data, path, new), path)
+    if isinstance(value, (dict, list)) and key not in PLAIN: yield "a word", (changed(data, path, "word"), path)
+
+def malformed():
+    "All of them: places of good graphs, tags that ask for code, and texts that are wrong as a whole."
+    yield from mutations()
     text = (DATA / "a.yaml").read_text()
     for k, code in enumerate(CODE):
         yield f"tag {k} as a type", text.replace("type: torch.nn.ReLU", f"type: {code}"), ("tag",)
         yield f"tag {k} as a parameter", text.replace("out_features: 16", f"out_features: {code}"), ("tag",)
-    for k, (old, new) in enumerate([("graph:", "graph:\n\t- x"), ("[null, 4]", "[null, 4"), ("epochs: 5", "epochs: 5\n  epochs: 6"),
-                                    ("relu.output", "relu.output: x: y"),
-                                    ("dtype: float32", "<<: {dtype: float32}"), ("name: relu\n", "name: hidden\n"), ("name: relu\n",
-                                                                                                                     "name: features\n"),
-                                    ("input: hidden.output", "input: sigmoid.output"), ("input: hidden.output", "inputt: hidden.output"),
-                                    ("input: hidden.output", "input: [hidden.output, hidden.output]"), ("lr: 0.01",
-                                                                                                        "lr: 0.01\n      learning_rate: 0.1"),
-                                    ("target: outcome", "target: age"), ("target: outcome", "target: [outcome, other]\n  target_output_key: nope"),
-                                    ("loss: torch.nn.BCELoss", "loss: torch.nn.BCLoss"), ("loss: torch.nn.BCELoss",
-                                                                                          "loss: torch.nn.CTCLoss"), ("loss: torch.nn.BCELoss", "loss: []"),
-                                    ("loss: torch.nn.BCELoss", "loss: torch.nn.CrossEntropyLoss"), ("torch.optim.AdamW",
-                                                                                                    "torch.optim.Lion"), ("torch.optim.AdamW", "os.system"),
-                                    ("columns: [age, bmi, glucose, pressure]", "columns: [age, age, glucose, pressure]"), ("columns: [age, bmi, glucose, pressure]", "columns: [age, ..., bmi]"),
-                                    ("columns: [age, bmi, glucose, pressure]", "columns: [a, b, c, d, e]"), ("epochs: 5",
-                                                                                                             "epochs: 5\n  device: tpu9"), ("epochs: 5", "epochs: 5\n  strategy: magic"),
-                                    ("epochs: 5", "epochs: 5\n  scheduler: cosin"), ("epochs: 5",
-                                                                                     "epochs: 5\n  scheduler: {type: torch.optim.lr_scheduler.LambdaLR, params: {lr_lambda: 'eval'}}"),
-                                    ("epochs: 5", "epochs: 5\n  early_stopping_monitor: luck"), ("epochs: 5",
-                                                                                                 "epochs: 5\n  mixed_precision: fp8"), ("epochs: 5", "epochs: 5\n  callbacks: [os.system]"),
-                                    ("outputs:", "output:"), ("out_features: 16", "out_features: vars.nothing"), ("out_features: 16",
-                                                                                                                  "out_features: {a: 1}"),
-                                    ("out_features: 16", "out_features: 16\n      device: cuda"), ("out_features: 16",
-                                                                                                   "out_features: 16\n      __class__: x"), ("sigmoid.output", "out.output")]):
-        yield f"text {k}: {new[:40]!r}", text.replace(old, new), ("text",)
-    for k, whole in enumerate(["", "just words", "- a\n- b", "42", "inputs: {}", "inputs: {x: {shape: [null, 1]}}\ngraph: []",
-                               "a: &a [*a]", "[" * 5000, "{" * 5000, "a: 1\n---\nb: 2", "\x00",
-                               "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(f"{n}: &{n} [{','.join([f'*{p}'] * 9)}]\n" for p,
-                                                                       n in zip("abcdefgh", "bcdefghi")), "model: 3", "nothing_there.yaml",
-                               "inputs: {x: {shape: [null, 2]}}\nmodules: {m: {inputs: [x], graph: [{name: a, type: module.m, inputs: [x]}], outputs: {y: a}}}\ngraph: [{name: z, type: module.m, inputs: [x]}]",
-                               "inputs: {x: {shape: [null, 2]}}\nmodules:\n" + "".join(f"  m{k}: {{inputs: [x], outputs: {{y: a}}, graph: [{{name: a, type: arc.stack, params: {{module: m{k + 1}, count: 99}}, inputs: [x]}}]}}\n"
-                                                                                      for k in range(6)) + "  m6: {inputs: [x], outputs: {y: a}, graph: [{name: a, type: torch.relu, inputs: [x]}]}\n"
-                               "graph: [{name: z, type: module.m0, inputs: [x]}]"]):
+    for k, pair in enumerate(PIECES["replace"]):
+        yield f"text {k}: {pair['new'][:40]!r}", text.replace(pair["old"], pair["new"]), ("text",)
+    for k, whole in enumerate([*PIECES["whole"], "[" * 5000, "{" * 5000, "\x00"]):
         yield f"whole {k}", whole, ("text",)
 
-MUTANTS = list(mutations())
+MUTANTS = list(malformed())
 WATCHED: list[str] = []
 WATCH = False
+ACTS = ("os.system", "subprocess.Popen", "os.exec", "os.fork", "os.spawn", "shutil.rmtree", "os.remove", "os.mkdir", "socket.connect")
+
 def _audit(event, args):
-    if WATCH and (event in ("os.system", "subprocess.Popen", "os.exec", "os.fork", "os.spawn", "shutil.rmtree", "os.remove", "os.mkdir",
-                            "socket.connect")
-                  or event == "open" and isinstance(args[1], str) and any(c in args[1] for c in "wax+")): WATCHED.append(f"{event} {args}")
+    writes = event == "open" and isinstance(args[1], str) and any(c in args[1] for c in "wax+")
+    if WATCH and (writes or event in ACTS): WATCHED.append(f"{event} {args}")
 sys.addaudithook(_audit)
 
 def refused(text):
@@ -243,11 +221,10 @@ def test_malformed_graphs_are_refused_with_their_place(monkeypatch, tmp_path, ev
             continue
         marked = read_yaml(text)
         inside = [p for p, _ in places(value_at(marked.value, path))]
-        lines = {marked.line(path[:k]) for k in range(1, len(path) + 1)} | {marked.line((*path, *p))
-                                                                            for p in inside} | ({1} if not path else set())
+        lines = {marked.line(path[:k]) for k in range(1, len(path) + 1)} | {marked.line((*path, *p)) for p in inside}
         told = {f"line {n}" for n in lines} | {repr(key) for key in path if isinstance(key, str)}
-        node = next((value_at(marked.value, path[:k]).get("name") for k in range(len(path), 0, -1) if isinstance(value_at(marked.value,
-                                                                                                                          path[:k]), dict)), None)
+        around = [value_at(marked.value, path[:k]) for k in range(len(path), 0, -1)]
+        node = next((part.get("name") for part in around if isinstance(part, dict)), None)
         if not any(t in message for t in told) and not (node and repr(node) in message) and "is missing" not in message:
             bad.append(f"{name}: the place is not told (lines {sorted(lines)}): {message[:300]}")
     assert not list(tmp_path.iterdir())
@@ -261,8 +238,9 @@ def value_at(value, path):
     return value
 
 def test_all_faults_are_told_at_once():
-    text = (DATA / "a.yaml").read_text().replace("relu.output", "rlu.output").replace("torch.nn.ReLU",
-                                                                                      "torch.nn.RELUU").replace("BCELoss", "BCELos")
+    text = (DATA / "a.yaml").read_text()
+    for old, new in [("relu.output", "rlu.output"), ("torch.nn.ReLU", "torch.nn.RELUU"), ("BCELoss", "BCELos")]:
+        text = text.replace(old, new)
     found = faults(Graph.from_yaml(text))
     assert len(found) == 3 and all("line " in line for line in found) and "did you mean 'relu'" in " ".join(found)
 
@@ -271,6 +249,7 @@ def test_a_trainers_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="t.yaml, line 4, optimizer.tpye"): Graph.from_yaml(DATA / "d_model.yaml", tmp_path / "t.yaml")
 
 def test_reading_imports_nothing_heavy():
-    code = "import sys, arc_nb.graph.spec as s; s.Graph.from_yaml(sys.argv[1]); print([m for m in ('duckdb', 'plotly', 'sklearn', 'pandas') if m in sys.modules])"
+    code = ("import sys, arc_nb.graph.spec as s; s.Graph.from_yaml(sys.argv[1]); "
+            "print([m for m in ('duckdb', 'plotly', 'sklearn', 'pandas') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code, str(DATA / "a.yaml")], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]", done.stdout

@@ -185,18 +185,15 @@ def _order(rows: list[list[Block]]) -> None:
     for turn in range(6):
         down = turn % 2 == 0
         for k in range(1, len(rows)) if down else range(len(rows) - 2, -1, -1):
-            place = {block.name: n / max(1, len(rows[k - 1 if down else k + 1]) - 1 or 1) for n,
-                     block in enumerate(rows[k - 1 if down else k + 1])}
-            rows[k].sort(key=lambda b, k=k, down=down, place=place: _middle([place[n] for n in _near(b, rows, k, down) if n in place], b,
-                                                                            rows[k]))
+            beside = rows[k - 1 if down else k + 1]
+            place = {block.name: n / max(1, len(beside) - 1) for n, block in enumerate(beside)}
+            near = [[place[name] for name in _near(block, rows, k, down) if name in place] for block in rows[k]]
+            middle = [sum(found) / len(found) if found else 0.5 for found in near]
+            rows[k][:] = [block for _, _, block in sorted(zip(middle, range(len(near)), rows[k]))]
 
 def _near(block: Block, rows: Sequence[Sequence[Block]], k: int, above: bool) -> list[str]:
     "The neighbours of a block in the row above or below."
     return block.sources if above else [b.name for b in rows[k + 1] if block.name in b.sources]
-
-def _middle(places: Sequence[float], block: Block, row: Sequence[Block]) -> float:
-    "The mean of the neighbours' places, or the present place of a block without any."
-    return sum(places) / len(places) if places else 0.5
 
 # %% ../../nbs/graph/61_layout.ipynb #134979b0
 def _spread(row: Sequence[Block], wish: Sequence[float]) -> None:
