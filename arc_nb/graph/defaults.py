@@ -11,7 +11,6 @@ __all__ = ['SIZES', 'DEFAULT', 'STANDARD', 'halved', 'decide_layers', 'decide_be
 # %% ../../nbs/graph/62e_defaults.ipynb #909cc508
 from typing import Any
 from .choosing import OF_LOSS, Choices, split_column
-from .phrases import Either
 
 # %% ../../nbs/graph/62e_defaults.ipynb #fba46fa4
 def halved(
@@ -130,9 +129,9 @@ def decide_output(
     only = next(iter(kinds.values())) if len(set(kinds.values())) == 1 else ""
     loss = {"binary cross-entropy": "BCEWithLogitsLoss"}.get(said[0], said[0]) if said else None
     act = output[0][1] if output else None
-    if loss and not _suits(loss, kinds, only):
+    if said and loss and not _suits(loss, kinds, only):
         choices.ask("loss", f"{said[1]} does not fit {' and '.join(f'{n} ({k})' for n, k in kinds.items())}: which loss is meant?",
-                    [STANDARD[only or 'regression'][0], loss])  # type: ignore[index]
+                    [STANDARD[only or "regression"][0], loss])
         loss = None
     if output: act = _checked_output(choices, output, kinds, only, loss)
     if act == "sigmoid" and only == "binary": loss = "BCELoss"
@@ -159,6 +158,7 @@ def _weigh(choices: Choices, kinds: dict[str, str]) -> None:
         found = [weights[n].value[1] if n in weights else 1.0 for n in kinds]
         choices.put("loss_weights", found, "words", f"“{next(iter(weights.values())).words}”")
 
+# %% ../../nbs/graph/62e_defaults.ipynb #0a37845e
 def _suits(loss: str, kinds: dict[str, str], only: str) -> bool:
     """Whether a loss fits one of the targets at least, and the only one in any case."""
     family = OF_LOSS[loss]

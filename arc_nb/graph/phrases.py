@@ -10,7 +10,6 @@ __all__ = ['NOTHING', 'SEP', 'VALUE', 'INT', 'LEARNING_RATE', 'STOPPING', 'OPTIM
 
 # %% ../../nbs/graph/62a_phrases.ipynb #25b3c7dd
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from .words import NUMBER, WHOLE, Text, number_of
@@ -277,6 +276,10 @@ HARDWARE = [
          r"(?:,?\s+(?:and\s+)?(?:else|otherwise|or)\s+(?:on\s+)?(?:the\s+)?cpu)?(?:\s+otherwise)?\b", "auto"),
     Rule("device", r"\b(?:a |one |my |the )?(?:gpu|cuda)\b", "cuda", off="cpu"), Rule("device", r"\b(?:the )?cpu\b(?:\s+only)?", "cpu"),
     Rule("device", r"\bmps\b", "mps"),
+]
+
+# %% ../../nbs/graph/62a_phrases.ipynb #eef7861d
+HARDWARE += [
     Rule("accumulate",
          rf"\b(?:gradient[\s_-]accumulation|accumulat\w+\s+(?:the\s+)?gradients?)(?:\s*(?:over|of|for|with|every|across|[:=])?\s*({INT})"
          rf"(?:\s+(?:mini-?)?(?:batches|steps))?)?", lambda m: number_of(m[1]) if m[1] else 4, off=1, allowed=(1, 100_000), whole=True),

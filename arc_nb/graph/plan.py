@@ -40,11 +40,10 @@ def trainer_of(
     stopping = {"early_stopping_patience": patience, "early_stopping_min_delta": said.get("min_delta", 0.0),
                 "early_stopping_monitor": said["monitor"]} if patience else {}
     optional = {"gradient_clip_norm": "clip_norm", "gradient_clip_val": "clip_value", "accumulate_grad_batches": "accumulate",
-                "mixed_precision": "mixed_precision", "processes": "processes", "strategy": "strategy",
-                "class_weights": "class_weights", "l1": "l1", "l2": "l2", "pretrained_embeddings": "pretrained",
-                "checkpoint_every": "checkpoint_every"}
-    more = {key: said[what] for key, what in optional.items() if said.get(what) not in (None, False, 0,
-        1) or (what in ("l1", "l2") and said[what])}
+                "mixed_precision": "mixed_precision", "processes": "processes", "strategy": "strategy", "class_weights": "class_weights",
+                "l1": "l1", "l2": "l2", "pretrained_embeddings": "pretrained", "checkpoint_every": "checkpoint_every"}
+    plain = {"accumulate": 1, "checkpoint_every": 1, "mixed_precision": False, "l1": 0.0, "l2": 0.0}  # what needs no line
+    more = {key: said[what] for key, what in optional.items() if said.get(what) != plain.get(what)}
     return {"optimizer": {"type": f"torch.optim.{said['optimizer']}", "lr": said["learning_rate"], "params": params}, "loss": losses,
             "epochs": said["epochs"], "batch_size": said["batch_size"], **stopping,
             **({"scheduler": {"type": said["schedule"], "params": {}}} if said["schedule"] else {}), "device": said["device"],
@@ -118,7 +117,7 @@ def revised(
     for group in TOGETHER:
         if fresh & group: fresh |= group
     back = {name for s in new.said if s.what == "only" for name in s.value}
-    kept = [s for s in old.said if s.what not in fresh or s.what == "without" and not back & set(s.value)]
+    kept = [s for s in old.said if (not back & set(s.value) if s.what == "without" else s.what not in fresh)]
     return Reading(new.text, [*kept, *new.said], new.spoken or (None if "target" in fresh else old.spoken))
 
 def _read_all(instruction: str, revisions: tuple[str, ...], profile: Profile) -> tuple[Reading, list[str]]:
@@ -222,6 +221,30 @@ def load_plan(path: str | Path) -> Plan:
     except (OSError, KeyError, TypeError, ValueError) as error: raise ValueError(f"{path} holds no plan: {error}") from None
 
 # %% ../../nbs/graph/63_plan.ipynb #33d51429
+def _decide(choices: Choices, given: list[str], tells: Callable[[str], dict[str, float]] | None) -> tuple[dict[str, str], dict[str, str]]:
+    """All choices in their order; the targets' kinds and losses."""
+    name = choices.profile.name
+    if other := choices.said("table"): choices.ask("table", f"{other[1]} is another table than {name!r}: which one is meant?",
+                                                   [name, other[0]])
+    kinds = decide_task(choices, given)
+    decide_split(choices)
+    decide_features(choices, list(kinds), tells)
+    decide_network(choices)
+    losses = decide_output(choices, kinds)
+    decide_training(choices)
+    decide_rows(choices, kinds)
+    return kinds, losses
+
+def _id(*told: Any) -> str:
+    """Eight letters and digits that stand for all that the plan was made from."""
+    return hashlib.sha256(json.dumps(told, default=str, sort_keys=True).encode()).hexdigest()[:8]
+
+def _name(choices: Choices, name: str | None) -> None:
+    plain = lambda text: re.sub(r"\W+", "_", text).strip("_").lower() or "model"
+    if name: choices.put("name", name, "words", "given")
+    else: choices.pick("name", "_and_".join(map(plain, choices["target"][:3])) + "_predictor", "from the target")
+
+# %% ../../nbs/graph/63_plan.ipynb #cb90aa82
 def make_plan(
     instruction: str,
     profile: Profile,
@@ -253,26 +276,3 @@ def make_plan(
     if endpoint is None: return plan
     from arc_nb.graph.asking import proposed
     return proposed(plan, endpoint)
-
-def _decide(choices: Choices, given: list[str], tells: Callable[[str], dict[str, float]] | None) -> tuple[dict[str, str], dict[str, str]]:
-    """All choices in their order; the targets' kinds and losses."""
-    name = choices.profile.name
-    if other := choices.said("table"): choices.ask("table", f"{other[1]} is another table than {name!r}: which one is meant?",
-                                                   [name, other[0]])
-    kinds = decide_task(choices, given)
-    decide_split(choices)
-    decide_features(choices, list(kinds), tells)
-    decide_network(choices)
-    losses = decide_output(choices, kinds)
-    decide_training(choices)
-    decide_rows(choices, kinds)
-    return kinds, losses
-
-def _id(*told: Any) -> str:
-    """Eight letters and digits that stand for all that the plan was made from."""
-    return hashlib.sha256(json.dumps(told, default=str, sort_keys=True).encode()).hexdigest()[:8]
-
-def _name(choices: Choices, name: str | None) -> None:
-    plain = lambda text: re.sub(r"\W+", "_", text).strip("_").lower() or "model"
-    if name: choices.put("name", name, "words", "given")
-    else: choices.pick("name", "_and_".join(map(plain, choices["target"][:3])) + "_predictor", "from the target")

@@ -121,7 +121,7 @@ BETWEEN += [
     Rule("normalisation", rf"\blayer[\s_-]?norm(?:ali[sz]ation)?(?:\s+layers?)?\b{_THERE}", "layer", off="none"),
     Rule("activation", rf"\b(?:activations?(?:\s+functions?)?\s*(?:[:=]|is|of)?\s*)?\b({_ACT})\b{_FUNCTIONS}{_THERE}",
          lambda m: act_of(m[1])),
-    Rule("activation", rf"\bsigmoid\s+activations?(?:\s+functions?)?(?:\s+(?:in|for)\s+(?:the\s+)?hidden layers)\b", "Sigmoid")]
+    Rule("activation", r"\bsigmoid\s+activations?(?:\s+functions?)?(?:\s+(?:in|for)\s+(?:the\s+)?hidden layers)\b", "Sigmoid")]
 
 # %% ../../nbs/graph/62b_reading.ipynb #57042f76
 ARCHITECTURES = [
@@ -190,6 +190,8 @@ SPLITS = [
     Rule("stratify", r"\bstratif(?:y|ied|ication)\b(?:\s+(?:split|sampling|by (?:the )?(?:target|class|label)))?", True, off=False),
     Rule("split_by", r"\b(?:time[\s-](?:based|ordered|series)?\s*split|chronological(?:\s+split)?|split\s+(?:by|on)\s+time)\b", "time"),
     Rule("shuffle", r"\bshuffl(?:e|ing)(?:\s+(?:the\s+)?(?:data|rows))?\b", True, off=False)]
+
+# %% ../../nbs/graph/62b_reading.ipynb #82ec3125
 _FILL = (r"\b(?:fill(?:ing)?(?:\s+in)?|imput(?:e|ing)|replac(?:e|ing))\s+(?:the\s+)?(?:missing(?:\s+(?:values|data|entries))?|nans?|"
          r"nulls?|na)\s+(?:with|by|using)\s+(?:the\s+)?(?:column\s+)?")
 ROWS = SPLITS + [

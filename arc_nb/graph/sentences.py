@@ -198,10 +198,12 @@ def _shortened(text: Text, spoken: tuple[str, int, int], names: list[str]) -> tu
     """The phrase without the words at its end that keep it from meaning a column: "price soon" is the price, and "soon" is left over."""
     phrase, start, end = spoken
     words = list(re.finditer(r"[\w'-]+", text.low[start:end]))
+    first = next((k for k, w in enumerate(words) if w[0] == phrase.split()[0]), 0)
+    start, words = start + words[first].start(), [*re.finditer(r"[\w'-]+", text.low[start + words[first].start():end])]
     for k in range(len(words) - 1, 0, -1):
         if match(phrase, names): break
         shorter = " ".join(w[0] for w in words[:k] if w[0] not in ARTICLES)
-        if shorter and match(shorter, names): return shorter, start, start + words[k - 1].end()
+        if shorter and match(shorter, names): return shorter, spoken[1], start + words[k - 1].end()
     return spoken
 
 # %% ../../nbs/graph/62cb_sentences.ipynb #9ca22e5a

@@ -40,7 +40,7 @@ ASK, LISTED = "Questions", "Not understood"
 SOURCES = {"words": "From your words", "data": "From the data", "default": "Defaults"}
 _SHAPE = """.arc-plan{padding:14px 16px;border-radius:8px;font:13px/1.5 system-ui,sans-serif;max-width:900px}
 .arc-plan h3{margin:0 0 2px;font-size:17px}.arc-plan h4{margin:14px 0 4px;font-size:13px}.arc-plan p{margin:2px 0}
-.arc-plan table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;background:transparent}
+.arc-plan table{font:inherit;color:inherit;border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;background:transparent}
 .arc-plan td{padding:3px 10px 3px 0;border-top:1px solid;text-align:left;vertical-align:top;background:transparent;white-space:normal}
 .arc-plan td:first-child{width:150px;white-space:nowrap}
 .arc-plan td:nth-child(2){width:230px;font-weight:600;overflow-wrap:anywhere}.arc-plan td:nth-child(3){overflow-wrap:anywhere}

@@ -11,7 +11,6 @@ __all__ = ['SPOKEN', 'NUMBER', 'WHOLE', 'LIST', 'LITTLE', 'number_of', 'listed',
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 # %% ../../nbs/graph/62_words.ipynb #2a96ffe7
 _UNITS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
