@@ -196,6 +196,7 @@ def _flat(kinds: list[Any]) -> list[Any]:
         found += _flat(list(get_args(kind))) if union else [kind]
     return found
 
+# %% ../nbs/38b_marks.ipynb #98e0134b
 def explain(
     error: Any,          # a pydantic.ValidationError
     marked: Marked,      # what was read

@@ -85,6 +85,7 @@ def traced(
     _walk(model, found)
     return found
 
+# %% ../../nbs/graph/60e_build.ipynb #9845f534
 FAILS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, ZeroDivisionError)  # of an operation
 
 def _walk(net: Network, found: dict[str, Any]) -> None:
@@ -226,6 +227,7 @@ def _with_head(graph: Graph, profile: Any) -> Graph:
     fits = size[1] == wide and (before is None) != (last.type.rsplit(".", 1)[-1].lower() == str(before).lower())
     return _headed(graph, name, before, beside, size[1], wide, fits)
 
+# %% ../../nbs/graph/60e_build.ipynb #9c5a4efd
 def _headed(graph: Graph, name: str, before: str | None, beside: tuple[str, str] | None, has: int, wide: int, fits: bool) -> Graph:
     "The graph with its head and outputs, and a note of what was added."
     nodes, taken = list(graph.graph), {node.name for node in graph.graph} | set(graph.inputs)

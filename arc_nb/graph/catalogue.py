@@ -66,6 +66,8 @@ _TORCH = {  # in torch: kind -> arguments -> names
              "input dim? keepdim? correction?": "std var",
              "input dim": "cumsum"},
     "activation": {"input dim?": "softmax log_softmax"}}
+
+# %% ../../nbs/graph/60c_catalogue.ipynb #9bd84f73
 _POOL = "input kernel_size stride? padding? dilation? ceil_mode? return_indices?"
 _CONV = "input weight bias? stride? padding? dilation? groups?"
 _FUNCTIONAL = {  # in torch.nn.functional

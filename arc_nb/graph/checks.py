@@ -53,6 +53,7 @@ def node_faults(
         for path, text in _node_faults(node, types, library, named): yield (*at, k, *path), f"(node {node.name!r}) {text}"
     if len(seen) == len({n.name for n in nodes}) + len(entries): yield from _tried(at, lambda: order(nodes))
 
+# %% ../../nbs/graph/60f_checks.ipynb #3630e80b
 def _made(op: Op, params: Mapping[str, Any]) -> None:
     "Make a layer without memory, so that PyTorch judges its parameters."
     if op.function: values(op, params)
@@ -151,6 +152,7 @@ def trainer_faults(graph: Graph) -> Iterator[Fault]:
     if not re.fullmatch(r"(train|val|valid)_\w+", monitor):
         yield ("trainer", "early_stopping_monitor"), f"{shorten(monitor)!r} is not measured: val_loss, or val_ and a metric"
 
+# %% ../../nbs/graph/60f_checks.ipynb #0edf01a4
 def _parameters(k: int, loss: Loss) -> Iterator[Fault]:
     "What is wrong with a loss' parameters, where its type is known."
     try: find_loss(loss.type)
@@ -274,6 +276,7 @@ def _where(graph: Graph, name: str, module: str) -> Path_:
     nodes = graph.modules[module].graph if module in graph.modules else graph.graph
     return next(((*at, k) for k, node in enumerate(nodes) if node.name == name), ())
 
+# %% ../../nbs/graph/60f_checks.ipynb #44fabd1c
 def _outputs_faults(outputs: Mapping[str, str], entries: Iterable[str], nodes: list[Node], library: Mapping[str, Module],
                     at: Path_) -> Iterator[Fault]:
     "Outputs that lead to nothing."

@@ -180,6 +180,7 @@ def _layers(found: Sequence[Block]) -> list[list[Block]]:
             block.sources[k] = above
     return rows
 
+# %% ../../nbs/graph/61_layout.ipynb #134979b0
 def _order(rows: list[list[Block]]) -> None:
     "Sort each row by the middle of its neighbours, down and up, a few times."
     for turn in range(6):
@@ -195,7 +196,7 @@ def _near(block: Block, rows: Sequence[Sequence[Block]], k: int, above: bool) ->
     "The neighbours of a block in the row above or below."
     return block.sources if above else [b.name for b in rows[k + 1] if block.name in b.sources]
 
-# %% ../../nbs/graph/61_layout.ipynb #134979b0
+# %% ../../nbs/graph/61_layout.ipynb #f91e6309
 def _spread(row: Sequence[Block], wish: Sequence[float]) -> None:
     "Put a row's blocks as near to their wishes as their widths allow, in order: the mean of packing from the left and from the right."
     room = [(a.width + b.width) / 2 + GAP for a, b in zip(row, row[1:])]
@@ -214,6 +215,7 @@ def _settle(rows: list[list[Block]]) -> None:
             near = [[place[n] for n in _near(block, rows, k, down) if n in place] for block in rows[k]]
             _spread(rows[k], [sum(n) / len(n) if n else block.x for n, block in zip(near, rows[k])])
 
+# %% ../../nbs/graph/61_layout.ipynb #40cca5c6
 def card_size(block: Block, most: float) -> tuple[float, float]:
     "Width and height of a card."
     if block.kind == "lane": return LANE, 0
@@ -232,6 +234,7 @@ def chip_rows(block: Block, width: float) -> list[list[tuple[float, str, str]]]:
         at += need + 6
     return rows
 
+# %% ../../nbs/graph/61_layout.ipynb #65e01f42
 def layout(
     graph: Graph,
     most: float = 960,  # pixels wide, where the cards' least width allows it

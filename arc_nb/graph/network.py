@@ -151,6 +151,7 @@ class Stack(nn.Module):
             given.update({name: value for name, value in found.items() if name in given} or {self.names[0]: out})
         return out
 
+# %% ../../nbs/graph/60d_network.ipynb #6b227b6e
 class Network(nn.Module):
     "Nodes connected as a graph says."
     def __init__(self, inputs: Sequence[str], nodes: Sequence[Node], outputs: Mapping[str, str], library: Mapping[str, Module]) -> None:
@@ -218,6 +219,7 @@ def inner(node: Node) -> str:
     if node.type == "arc.stack": return str(node.params.get("module"))
     return node.type.removeprefix("module.") if node.type.startswith("module.") else ""
 
+# %% ../../nbs/graph/60d_network.ipynb #e891bc9d
 def expanded(
     nodes: Sequence[Node],
     library: Mapping[str, Module],
@@ -235,6 +237,7 @@ def expanded(
             raise ValueError(f"more than 20,000 operations once modules and stacks are opened (at {node.name!r}): this is no network")
     return total
 
+# %% ../../nbs/graph/60d_network.ipynb #aab733fd
 def operation(
     node: Node,
     library: Mapping[str, Module],  # the file's modules

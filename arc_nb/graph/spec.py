@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from ..marks import Flow, Marked, explain, read_yaml, write_yaml
+from ..marks import Flow, Marked, explain, read_yaml, spell, write_yaml
 
 # %% ../../nbs/graph/60_spec.ipynb #c0ee672a
 def _no_bool(value: Any) -> Any:
@@ -243,12 +243,7 @@ class Graph(Part):
         trainer: str | Path | None = None,  # a second file with the training (dialects C and D)
     ) -> "Graph":
         "Read any of the five dialects; ValueError with every fault's line where it cannot be one."
-        from arc_nb.graph.dialects import canonical
-        marked = canonical(read_yaml(source), None if trainer is None else read_yaml(trainer))
-        try: graph = cls.model_validate(marked.value)
-        except ValidationError as error: raise ValueError(explain(error, marked, cls)) from None
-        graph._marked, graph._notes = marked, list(marked.notes)
-        return graph
+        return _read(read_yaml(source), None if trainer is None else read_yaml(trainer))
 
     @property
     def notes(self) -> list[str]:
@@ -260,7 +255,6 @@ class Graph(Part):
 
     def place(self, path: tuple[Any, ...]) -> str:
         "Where something stands: its line, if the graph came from a file, and its path."
-        from arc_nb.marks import spell
         return self._marked.place(path) if self._marked and self._marked.has(path[:-1]) else spell(path) or "the graph"
 
     def check(self, profile: Any = None) -> "Graph":
@@ -270,12 +264,7 @@ class Graph(Part):
 
     def with_target(self, *columns: str) -> "Graph":
         "A copy whose losses compare with these columns."
-        if self.trainer is None: raise ValueError("the graph has no trainer, so no loss with a target: add `trainer` with a loss")
-        losses = [{**loss.model_dump(), "target": None} for loss in self.trainer.loss]
-        trainer = Training.model_validate({**self.trainer.model_dump(exclude_unset=True), "loss": losses, "target": list(columns)})
-        copy = self.model_copy(update={"trainer": trainer})
-        copy._notes = list(self._notes)
-        return copy
+        return _aimed(self, list(columns))
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         "The graph in the words of the guide; written to `path` where one is given."
@@ -289,6 +278,25 @@ class Graph(Part):
         return picture(self, theme=theme)
 
     def _repr_html_(self) -> str: return self.picture()
+
+# %% ../../nbs/graph/60_spec.ipynb #20e69140
+def _read(model: Marked, trainer: Marked | None) -> Graph:
+    "A graph from what one or two files say."
+    from arc_nb.graph.dialects import canonical
+    marked = canonical(model, trainer)
+    try: graph = Graph.model_validate(marked.value)
+    except ValidationError as error: raise ValueError(explain(error, marked, Graph)) from None
+    graph._marked, graph._notes = marked, list(marked.notes)
+    return graph
+
+def _aimed(graph: Graph, columns: list[str]) -> Graph:
+    "A copy of the graph with these targets."
+    if graph.trainer is None: raise ValueError("the graph has no trainer, so no loss with a target: add `trainer` with a loss")
+    losses = [{**loss.model_dump(), "target": None} for loss in graph.trainer.loss]
+    trainer = Training.model_validate({**graph.trainer.model_dump(exclude_unset=True), "loss": losses, "target": columns})
+    copy = graph.model_copy(update={"trainer": trainer})
+    copy._notes = list(graph._notes)
+    return copy
 
 # %% ../../nbs/graph/60_spec.ipynb #226966b1
 _ALWAYS = {"optimizer", "loss", "epochs", "batch_size"}
