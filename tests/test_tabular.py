@@ -164,6 +164,11 @@ def test_the_folder(tmp_path):
     assert about["status"] == "completed" and 0 < about["metrics"]["valid_accuracy"] <= 1
     assert Graph.from_yaml(folder / "arc_graph.yaml").inputs == model.graph.inputs and len(pd.read_csv(folder / "history.csv")) == 3
     assert sum(map(len, load_parts(folder).values())) == 240
+    kept = (folder / "preparation.json").read_text()
+    for broken in (kept[:-9], kept.replace('"kind"', '"sort"'), "[]"):
+        (folder / "preparation.json").write_text(broken)
+        with pytest.raises(ValueError, match="preparation.json is damaged"): TabularModel.load(folder)
+    (folder / "preparation.json").write_text(kept)
     (folder / "model.pt").write_bytes((folder / "model.pt").read_bytes()[:-1] + b"?")
     with pytest.raises(ValueError, match="damaged"): TabularModel.load(folder)
     text = (folder / "arc_graph.yaml").read_text()

@@ -138,10 +138,12 @@ class Learned:
     ) -> Self:
         """What `save` wrote; FileNotFoundError, or ValueError for a damaged file."""
         path = Path(folder) / "preparation.json"
-        try: found = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error: raise ValueError(f"{path} is damaged: {error}") from error
-        feeds = [Feed(f["name"], f["dtype"], tuple(f["shape"]), tuple(Column(**c) for c in f["columns"])) for f in found["feeds"]]
-        goals = [Target(**{**t, "labels": tuple(t["labels"])}) for t in found["targets"]]
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            feeds = [Feed(f["name"], f["dtype"], tuple(f["shape"]), tuple(Column(**c) for c in f["columns"])) for f in found["feeds"]]
+            goals = [Target(**{**t, "labels": tuple(t["labels"])}) for t in found["targets"]]
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is damaged, or of another version: {type(error).__name__}: {error}") from error
         return cls({feed.name: feed for feed in feeds}, {goal.column: goal for goal in goals})
 
 # %% ../../../nbs/tasks/70e_preparing.ipynb #bc3d9638
