@@ -94,7 +94,8 @@ def test_corpus(profiles):
     verdicts = [(judged(entry, profiles), entry["say"]) for entry in CORPUS]
     count = Counter(v for (v, _), _ in verdicts)
     wrong = [f"{say!r}: {why}" for (v, why), say in verdicts if v == "wrong"]
-    print(f"\n{len(CORPUS)} phrasings over {len({e['table'] for e in CORPUS})} tables: {dict(count)}")
+    print(f"\n{len(CORPUS)} phrasings over {len({e['table'] for e in CORPUS})} tables: {count['exact']} exact plans, "
+          f"{count['asked']} questions and {count['listed']} listed phrases as expected, {count['wrong']} wrong")
     assert len(CORPUS) >= 120 and not wrong, "\n".join(wrong)
 
 

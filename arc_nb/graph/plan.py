@@ -11,6 +11,7 @@ __all__ = ['TOGETHER', 'trainer_of', 'preprocessing_of', 'draw_up', 'idle', 'rev
 # %% ../../nbs/graph/63_plan.ipynb #51bf8420
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from datetime import date, datetime
 import hashlib
 import json
 import os
@@ -134,10 +135,14 @@ def _plain_profile(profile: Profile) -> dict[str, Any]:
     return json.loads(json.dumps({"name": profile.name, "rows": profile.rows, "duplicates": profile.duplicates, "columns": columns},
                                  default=str))
 
+def _column_from(c: dict[str, Any]) -> Column:
+    """A column as it was: JSON has no dates, and no lists for keys."""
+    read = {"date": date.fromisoformat if c["type"] == "DATE" else datetime.fromisoformat}.get(c["kind"], lambda v: v)
+    back = lambda v: read(v) if isinstance(v, str) else str(v) if isinstance(v, (list, dict)) else v
+    return Column(**{**c, "least": back(c["least"]), "most": back(c["most"]), "values": {back(v): n for v, n in c["values"]}})
+
 def _profile_from(found: dict[str, Any]) -> Profile:
-    columns = {c["name"]: Column(**{**c, "values": {v if not isinstance(v, list) else str(v): n for v, n in c["values"]}})
-               for c in found["columns"]}
-    return Profile(found["name"], found["rows"], columns, found["duplicates"])
+    return Profile(found["name"], found["rows"], {c["name"]: _column_from(c) for c in found["columns"]}, found["duplicates"])
 
 # %% ../../nbs/graph/63_plan.ipynb #eff54400
 @dataclass
