@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .catalogue import CLASSES, find_loss
 from .filling import expand
-from .network import LISTS, Network, Stack, Step, expanded, take
+from .network import LISTS, Network, Stack, Step, expanded, keyed, take
 from .spec import DTYPES, Graph, Input, Node
 from ..marks import shorten
 
@@ -30,11 +30,11 @@ class GraphModel(Network):
         self.embeddings = nn.Module()
         for name, item in graph.inputs.items():
             if item.categorical:
-                self.embeddings._modules[name] = nn.Embedding(item.vocab_size, item.embedding_dim)  # type: ignore[arg-type]
+                setattr(self.embeddings, keyed(name), nn.Embedding(item.vocab_size, item.embedding_dim))  # type: ignore[arg-type]
 
     def entered(self, name: str, value: Any) -> Any:
         "An input as the nodes see it: vectors for codes, (rows, 1) to (rows, dim) and (rows, n) to (rows, n, dim); no 64-bit fractions."
-        table = self.embeddings._modules.get(name)
+        table = self.embeddings._modules.get(keyed(name))
         if table is None: return value.float() if isinstance(value, Tensor) and value.dtype == torch.float64 else value
         return table(value.long().squeeze(-1) if value.ndim == 2 and value.shape[1] == 1 else value.long())
 
@@ -93,7 +93,7 @@ def _walk(net: Network, found: dict[str, Any]) -> None:
     for step in net.steps:
         try: found[step.name] = net.call(step, found)
         except FAILS as error:
-            layer = net.layers._modules.get(step.name)
+            layer = net.layers._modules.get(step.layer or "")
             for part in layer.copies if isinstance(layer, Stack) else [layer]:  # the first copy that fails says where
                 if isinstance(part, Network) and part.module != net.module:
                     _walk(part, dict(zip(part.inputs, (take(found, ref) for ref in step.args.values()))))
@@ -127,8 +127,9 @@ def misfit(model: Network, step: Step, found: Mapping[str, Any], error: Exceptio
                 return _misfit(step, f"{r.node} has no part {'.'.join(map(str, r.parts))}: its result is {_given(found[r.node])}")
     given = " and ".join(f"{name} {_given(value)}" for name, value in taken.items())
     many = next((name for name, value in taken.items() if not isinstance(value, Tensor)), None)
-    if many: return _misfit(step, f"{many} has several parts, {_given(taken[many])}: take one of them, as in {many}.output.0")
-    layer = model.layers._modules.get(step.name)
+    part = next(iter(taken[many])) if many and isinstance(taken[many], Mapping) else 0
+    if many: return _misfit(step, f"{many} has several parts, {_given(taken[many])}: take one of them, as in {many}.output.{part}")
+    layer = model.layers._modules.get(step.layer or "")
     reason = _reason(layer, step, list(taken.values())) or shorten((str(error).splitlines() or [type(error).__name__])[0], 160)
     return _misfit(step, f"{step.type} gets {given}: {reason}")
 
@@ -145,6 +146,7 @@ def _given(value: Any) -> str:
 def _rowed(size: Any) -> Any:
     "The shape without the trial's number of rows."
     if isinstance(size, list): return [_rowed(s) for s in size]
+    if isinstance(size, dict): return {name: _rowed(s) for name, s in size.items()}
     return tuple(None if n == 0 and s in (3, 5) else s for n, s in enumerate(size)) if isinstance(size, tuple) else size
 
 def _reason(layer: nn.Module | None, step: Step, given: Sequence[Tensor]) -> str | None:
@@ -176,7 +178,8 @@ def parameter_counts(
 ) -> dict[str, int]:
     "Trainable numbers of each node and of each categorical input, those without any left out."
     with torch.device("meta"): model = GraphModel(graph)
-    parts = {**model.embeddings._modules, **model.layers._modules}
+    parts = {name: model.embeddings._modules.get(keyed(name)) for name in model.inputs}
+    parts |= {step.name: model.layers._modules.get(step.layer or "") for step in model.steps}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
     return {name: count for name, count in counts.items() if count}
 

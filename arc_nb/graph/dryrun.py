@@ -25,6 +25,7 @@ from .build import GraphModel, Misfit, build, shown
 from .catalogue import find_optimizer, loss_module
 from .checks import faults
 from .filling import room
+from .network import take
 from .spec import Graph
 from ..marks import shorten
 
@@ -131,6 +132,32 @@ def _change(graph: Graph, node: str, key: str, value: str) -> str:
     if any(n.name == node for n in graph.graph) and key != "dtype": return f"- name: {node}\n  params:\n    {key}: {value}"
     return f"{key}: {value}"
 
+# %% ../../nbs/graph/60g_dryrun.ipynb #ddb48e7e
+def _fits(graph: Graph, name: str, value: Tensor) -> None:
+    "One input beside its description; ValueError for what differs."
+    item, wide = graph.inputs[name], value.shape[-1] if value.ndim > 1 else 1
+    if len(value) < 1: raise ValueError("the batch has no rows")
+    if room(item) not in (None, wide):
+        raise ValueError(f"{name} has {wide} numbers a row, but its shape says {room(item)}: set shape: [null, {wide}]")
+    if value.is_floating_point() and not torch.isfinite(value).all():
+        row = int((~torch.isfinite(value)).nonzero()[0][0])
+        raise ValueError(f"{name} has a missing or infinite number in row {row + 1}: say preprocessing: {{missing: median}}")
+    if item.categorical and item.vocab_size and int(value.max()) >= item.vocab_size:
+        top = int(value.max())
+        raise ValueError(f"{name} has the code {top}, but room for {item.vocab_size} codes: set vocab_size: {top + 1}")
+
+def _finite(name: str, value: Any) -> None:
+    "ValueError for a node whose result is not a number."
+    if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+        raise ValueError(f"node {name!r} gives numbers that are not finite, such as a logarithm of 0: look at what goes in")
+
+def _wanted(loss: Any, target: Any, outputs: Mapping[str, Any]) -> Any:
+    "The targets of one loss."
+    if not isinstance(target, Mapping): return target
+    for key in (loss.target, loss.input, *outputs):
+        if key in target: return target[key]
+    raise ValueError(f"the batch has no target {loss.target or loss.input!r} (it has {', '.join(map(str, target))})")
+
 # %% ../../nbs/graph/60g_dryrun.ipynb #837328ec
 class _Rehearsal:
     "The five steps, with what one leaves for the next."
@@ -165,21 +192,8 @@ class _Rehearsal:
         if missing: raise ValueError(f"the batch has no {', '.join(missing)} (it has {', '.join(map(str, given)) or 'nothing'})")
         self.entries = {name: given[name] for name in self.graph.inputs}
         self.context |= {name: f"{shown(tuple(value.shape))} {str(value.dtype)[6:]}" for name, value in self.entries.items()}
-        for name, value in self.entries.items(): self.fits(name, value)
+        for name, value in self.entries.items(): _fits(self.graph, name, value)
         return ", ".join(f"{name} {text}" for name, text in self.context.items())
-
-    def fits(self, name: str, value: Tensor) -> None:
-        "One input beside its description; ValueError for what differs."
-        item, wide = self.graph.inputs[name], value.shape[-1] if value.ndim > 1 else 1
-        if len(value) < 1: raise ValueError("the batch has no rows")
-        if room(item) not in (None, wide):
-            raise ValueError(f"{name} has {wide} numbers a row, but its shape says {room(item)}: set shape: [null, {wide}]")
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            row = int((~torch.isfinite(value)).nonzero()[0][0])
-            raise ValueError(f"{name} has a missing or infinite number in row {row + 1}: say preprocessing: {{missing: median}}")
-        if item.categorical and item.vocab_size and int(value.max()) >= item.vocab_size:
-            top = int(value.max())
-            raise ValueError(f"{name} has the code {top}, but room for {item.vocab_size} codes: set vocab_size: {top + 1}")
 
     def forward(self) -> str:
         "The batch through the network, layer by layer, so that a failure has its node."
@@ -189,15 +203,10 @@ class _Rehearsal:
             try: found[step.name] = self.model.call(step, found)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 raise Misfit(f"node {step.name!r}: {shorten(str(error), 200)}") from None
-            self.finite(step.name, found[step.name])
-        self.outputs = {name: _taken(found, ref) for name, ref in self.model.results.items()}
+            _finite(step.name, found[step.name])
+        self.outputs = {name: take(found, ref) for name, ref in self.model.results.items()}
         self.context |= {f"→ {name}": shown(tuple(value.shape)) for name, value in self.outputs.items() if isinstance(value, Tensor)}
         return ", ".join(f"{name} {shown((None, *value.shape[1:]))}" for name, value in self.outputs.items() if isinstance(value, Tensor))
-
-    def finite(self, name: str, value: Any) -> None:
-        "ValueError for a node whose result is not a number."
-        if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
-            raise ValueError(f"node {name!r} gives numbers that are not finite, such as a logarithm of 0: look at what goes in")
 
     def loss(self) -> str:
         "Each loss, its value, and the way back to the weights."
@@ -206,7 +215,7 @@ class _Rehearsal:
         first = self.graph.trainer.target_output_key or next(iter(self.outputs))
         for loss in self.graph.trainer.loss:
             judge, output = objective(loss_module(loss)), self.outputs[loss.input or first]
-            target = judge.cast(self.wanted(loss))
+            target = judge.cast(_wanted(loss, self.target, self.outputs))
             judge.check(output, target)
             value = judge(output, target)
             if not torch.isfinite(value):
@@ -216,19 +225,6 @@ class _Rehearsal:
         if total is not None: total.backward()
         idle = [name for name, p in self.model.named_parameters() if p.grad is None]
         return ", ".join(said) + (f"; no gradient reaches {', '.join(idle[:3])}" if idle else "; every weight gets a gradient")
-
-    def wanted(self, loss: Any) -> Any:
-        "The targets of one loss."
-        if not isinstance(self.target, Mapping): return self.target
-        for key in (loss.target, loss.input, *self.outputs):
-            if key in self.target: return self.target[key]
-        raise ValueError(f"the batch has no target {loss.target or loss.input!r} (it has {', '.join(map(str, self.target))})")
-
-def _taken(found: Mapping[str, Any], ref: Any) -> Any:
-    "The value that a reference leads to."
-    value = found[ref.node]
-    for part in ref.parts: value = value[part]
-    return value
 
 # %% ../../nbs/graph/60g_dryrun.ipynb #67b34036
 def dry_run(
