@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from time import sleep
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Context, Option, Typer
 from typer.exceptions import TyperException
@@ -64,9 +64,9 @@ def _listed(text: str | None) -> list[str] | None:
     return [part.strip() for part in text.split(",") if part.strip()] or None if text else None
 
 Name = Annotated[str, Option("--name", help="Name of the model: letters, digits, _ and -")]
-Table = Annotated[Optional[str], Option("--data-table", help="Table with the rows")]
-Words = Annotated[Optional[str], Option("--instruction", help="What to predict, and how, in plain words; quoted, may have several lines")]
-Target = Annotated[Optional[str], Option("--target", "--target-column", help="Column to predict, or several with commas; found where it can be")]
+Table = Annotated[str | None, Option("--data-table", help="Table with the rows")]
+Words = Annotated[str | None, Option("--instruction", help="What to predict, and how, in plain words; quoted, may have several lines")]
+Target = Annotated[str | None, Option("--target", "--target-column", help="Column to predict, several with commas; found where it can be")]
 Id = Annotated[str, Argument(help="Job id, or its beginning")]
 
 app = Typer(name="arc-nb", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -81,7 +81,7 @@ ml.add_typer(jobs, name="jobs")
 def load(
     context: Context,
     source: Annotated[str, Argument(help="CSV, TSV, Parquet, JSON, JSONL or Excel, .gz too; globs")],
-    table: Annotated[Optional[str], Option(help="Name of the table; after the file where it is not said")] = None,
+    table: Annotated[str | None, Option(help="Name of the table; after the file where it is not said")] = None,
     replace: Annotated[bool, Option(help="Replace an older table of that name")] = False,
 ) -> None:
     """Makes a table of a file."""
@@ -112,7 +112,7 @@ def pipeline(context: Context, source: Annotated[Path, Argument(help="YAML file 
 def plan(
     context: Context, instruction: Annotated[str, Option(help="What to predict, and how, in plain words")],
     source_tables: Annotated[str, Option("--source-tables", "--data-table", help="The table")],
-    name: Annotated[Optional[str], Option(help="Name of the model to be")] = None, target: Target = None,
+    name: Annotated[str | None, Option(help="Name of the model to be")] = None, target: Target = None,
 ) -> None:
     """Plans a model, and trains nothing: the plan's id is for `ml model --plan-id`."""
     context.obj.show(_arc(context).plan(instruction, source_tables, _listed(target), name))
@@ -127,10 +127,10 @@ def revise_plan(
 @ml.command()
 def model(
     context: Context, name: Name, instruction: Words = None, data_table: Table = None, target: Target = None,
-    plan_id: Annotated[Optional[str], Option(help="Train what an earlier plan says")] = None,
-    graph: Annotated[Optional[Path], Option(help="Train an Arc-Graph: a YAML file")] = None,
-    sample: Annotated[Optional[float], Option(help="Train on a share of the rows (0.1), or on so many (5000)")] = None,
-    wait: Annotated[Optional[bool], Option("--wait/--no-wait", help="Stay until the job has ended")] = None,
+    plan_id: Annotated[str | None, Option(help="Train what an earlier plan says")] = None,
+    graph: Annotated[Path | None, Option(help="Train an Arc-Graph: a YAML file")] = None,
+    sample: Annotated[float | None, Option(help="Train on a share of the rows (0.1), or on so many (5000)")] = None,
+    wait: Annotated[bool | None, Option("--wait/--no-wait", help="Stay until the job has ended")] = None,
 ) -> None:
     """Trains a model in a job of its own."""
     desk, arc = context.obj, _arc(context)
@@ -144,9 +144,9 @@ def announce(
     desk: Desk,
     job: "Job",  # that has been started
 ) -> None:
-    """Says that it has begun, and shows its board where there can be one."""
-    desk.show(job)
-    if not desk.waits: job.show()
+    """Says that it has begun; a notebook shows its board, which lives on when the cell has ended."""
+    try: desk.show(f"job {job.id} has begun") if desk.waits else job.show(timeout=20)
+    except ValueError: desk.show(job)  # it waits for its turn, or has ended already
 
 def follow(
     desk: Desk,
@@ -163,8 +163,8 @@ def follow(
 def evaluate(
     context: Context, model: Annotated[str, Option("--model-id", "--model", "--name", help="Name of a model, or name-v2")],
     data_table: Table = None,
-    metrics: Annotated[Optional[str], Option(help="Only these, with commas")] = None,
-    output_table: Annotated[Optional[str], Option(help="Write the predictions to this table too")] = None,
+    metrics: Annotated[str | None, Option(help="Only these, with commas")] = None,
+    output_table: Annotated[str | None, Option(help="Write the predictions to this table too")] = None,
     tensorboard: Annotated[bool, Option(help="Show TensorBoard as well")] = False,
 ) -> None:
     """Scores a model: on its own test rows, or on a table that it never saw."""
@@ -177,9 +177,9 @@ def evaluate(
 def predict(
     context: Context, model: Annotated[str, Option("--model", "--model-id", "--name", help="Name of a model, or name-v2")],
     data: Annotated[str, Option("--data", "--data-table", help="Table with the rows")],
-    output: Annotated[Optional[str], Option("--output", "--output-table", help="Table to write; <model>_predictions where it is not said")] = None,
+    output: Annotated[str | None, Option("--output", "--output-table", help="Table to write; else <model>_predictions")] = None,
     batch_size: Annotated[int, Option(help="Rows that are in memory at once")] = 10_000,
-    where: Annotated[Optional[str], Option("--filter", help="Only rows for which this SQL condition holds")] = None,
+    where: Annotated[str | None, Option("--filter", help="Only rows for which this SQL condition holds")] = None,
 ) -> None:
     """Predicts every row of a table, and writes a table."""
     arc = _arc(context)
@@ -205,7 +205,7 @@ def jobs_status(context: Context, job: Id) -> None:
 
 @jobs.command("logs")
 def jobs_logs(
-    context: Context, job: Id, lines: Annotated[Optional[int], Option(help="Only the last so many")] = None,
+    context: Context, job: Id, lines: Annotated[int | None, Option(help="Only the last so many")] = None,
     follow: Annotated[bool, Option(help="Stay until the job has ended")] = False,
 ) -> None:
     """What a job has printed."""
@@ -223,7 +223,7 @@ def jobs_cancel(context: Context, job: Id) -> None:
 @app.command()
 def ask(
     context: Context, sentence: Annotated[str, Argument(help="Such as: Build a model to predict diabetes using the patients table")],
-    name: Annotated[Optional[str], Option(help="Name of the model; made of the target where it is not said")] = None,
+    name: Annotated[str | None, Option(help="Name of the model; made of the target where it is not said")] = None,
 ) -> None:
     """Plans and trains what a sentence says."""
     desk, arc = context.obj, _arc(context)
@@ -248,7 +248,7 @@ def config(context: Context) -> None:
     context.obj.show({**found, "home": str(_arc(context).home)})
 
 @app.command("help")
-def help_(context: Context, command: Annotated[Optional[list[str]], Argument()] = None) -> None:
+def help_(context: Context, command: Annotated[list[str] | None, Argument()] = None) -> None:
     """What commands there are, and what they take."""
     context.obj.show(usage(command or [], context.obj.prefix))
 

@@ -21,8 +21,8 @@ from .home import ConfigError, DataError, ModelError
 from .commands import Desk, arguments, command, run
 
 # %% ../nbs/92_magics.ipynb #7857b99b
-CONTINUES = re.compile(r"\s+\S|(?:from|where|group|having|order|limit|join|left|right|inner|full|cross|union|except|intersect|select|on|and|or|"
-                       r"values|set|window|qualify|offset|using|as|\))\b", re.I)
+CONTINUES = re.compile(r"(?:from|where|group|having|order|limit|join|left|right|inner|full|cross|union|except|intersect|select|on|and|or|"
+                       r"values|set|window|qualify|offset|using|as)\b", re.I)  # words that begin a line of a query
 
 def names() -> tuple[str, ...]:
     """The words that may follow a slash."""

@@ -45,7 +45,7 @@ def tables() -> dict[str, pd.DataFrame]:
     two = cancer.assign(click=cancer.target, conversion=(cancer.mean_radius > cancer.mean_radius.median()).astype(int))
     ads = named(two.drop(columns=["target", "mean_radius"]), time_spent="mean_texture")[
         [*two.columns[2:20], "click", "conversion", "time_spent"]]
-    size = pd.cut(sick.bmi, 4, labels=["small", "medium", "large", "huge"]).astype(str)
+    city = pd.qcut(sick.bmi, 15, labels=[f"city {k}" for k in range(15)]).astype(str)  # enough of them for an embedding
     return {
         "processed_diabetes_data": outcome,
         "customers": named(cancer, churn="target"),
@@ -57,5 +57,5 @@ def tables() -> dict[str, pd.DataFrame]:
         "sales": named(sick, price="target", demand="s5"),
         "ads": ads,
         "twenty": named(cancer[[*cancer.columns[:20], "target"]], bought="target"),
-        "cities": named(sick.assign(size=size), price="target"),
+        "cities": named(sick.assign(city=city), price="target"),
     }
