@@ -219,7 +219,7 @@ def _settle(rows: list[list[Block]]) -> None:
 def card_size(block: Block, most: float) -> tuple[float, float]:
     "Width and height of a card."
     if block.kind == "lane": return LANE, 0
-    line = max(7.6 * len(block.name) + 7 * len(f"{block.weights:,}"), 6.4 * (len(block.text) + len(block.shape)) + 12) + 40
+    line = max(8 * len(block.name) + 7.2 * len(f"{block.weights:,}") + 8, 6.4 * (len(block.text) + len(block.shape)) + 12) + 40
     width = min(most, max(196.0, line))
     return width, 52 + 22 * len(chip_rows(block, width))
 

@@ -32,7 +32,7 @@ def card(block: Block) -> str:
     weights = f"{block.weights:,}" if block.weights else ""
     times = f"{block.count} × " if block.count > 1 else ""
     room = block.width - 34
-    name = words(left + 16, block.y + 21, cut(times + block.name, max(5, int((room - 7 * len(weights)) / 7.4))), "fg", 13, weight=600)
+    name = words(left + 16, block.y + 21, cut(times + block.name, max(5, int((room - 7.2 * len(weights) - 8) / 7.8))), "fg", 13, weight=600)
     shape = block.shape if 6.4 * len(block.shape) < room - 40 else ""
     text = words(left + 16, block.y + 40, cut(block.text, max(4, int((room - 6.4 * len(shape) - 8) / 6.2))), "faint", 12)
     ends = words(right - 14, block.y + 21, weights, "faint", 12, "end") + words(right - 14, block.y + 40, shape, "faint", 12, "end")
