@@ -258,7 +258,8 @@ HARDWARE = [
          rf"?value(?:\s+of|\s*[:=])?\s*({NUMBER})", lambda m: number_of(m[1]), allowed=(1e-9, 1e9)),
     Rule("clip_norm",
          rf"\b(?:clip\w*\s+(?:the\s+)?gradients?|gradients?[\s_-]clip\w*|clip[\s_-]?norm|max[\s_-]grad(?:ient)?[\s_-]norm)(?:\s*\(?(?:at|"
-         rf"by|to|with|of|[:=])?\s*(?:an?\s+|the\s+)?(?:max(?:imum)?[\s_-])?(?:norm)?(?:\s+of|\s*[:=])?\s*({NUMBER})(?![\w%])\)?)?",
+         rf"by|to|with|of|[:=])?\s*(?:an?\s+|the\s+)?(?:max(?:imum)?[\s_-])?(?:norm)?(?:\s+(?:of|to|at)|\s*[:=])?\s*({NUMBER})(?![\w%])\)"
+         rf"?)?",
          lambda m: number_of(m[1]) if m[1] else 1.0, off=None, allowed=(1e-9, 1e9)),
     Rule("mixed_precision", r"\b(?:bf16|bfloat16)(?:[\s-](?:mixed[\s-])?precision)?", "bf16", off=False),
     Rule("mixed_precision", r"\b(?:fp16|float16|half[\s-]precision)(?:[\s-](?:mixed[\s-])?precision)?", "fp16", off=False),

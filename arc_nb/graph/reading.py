@@ -76,6 +76,8 @@ LAYERS += [
     Rule("sizes", r"\bhidden_(?:layer_)?(?:sizes|layers|dims|units)\s*=\s*[\[(](\d+),?[\])]", lambda m: [int(m[1])]),
     Rule("sizes", r"\b(?:just\s+|a\s+|plain\s+)*(?:logistic|linear|softmax)\s+(?:regression|model|classifier)\b", []),
     Rule("sizes", r"\bno hidden layers?\b|\bwithout (?:any )?hidden layers?\b|\b(?:0|zero) hidden layers\b", []),
+    Rule("sizes", rf"\b({INT})\s*{_UNITS}\s+in\s+(?:one|an?|a\s+single|the)\s+(?:single\s+)?(?:hidden\s+)?layer\b",
+         lambda m: [int(number_of(m[1]))]),
     Rule("width", rf"\b({INT})\s*{_UNITS}\s+(?:per|in each|in every|each|a)\s*(?:hidden\s+)?(?:layer)?", lambda m: number_of(m[1]),
          allowed=(1, 100_000), whole=True),
     Rule("width", rf"\b(?:hidden[\s_](?:units|size|dim|dimension|width)|layer[\s_](?:size|width)){SEP}({INT})\b",
