@@ -228,6 +228,15 @@ def test_idle_fields_are_said(field, value):
     with pytest.warns(UserWarning, match=f"{field}=.*has no effect"): recipe(made, people(), run=False, board=False)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without GPUs")
+def test_a_graph_for_gpus_trains_without(tmp_path):
+    made = graph("  device: cuda\n  processes: auto\n")
+    with pytest.warns(UserWarning) as heard: model = fit(tmp_path, made, epochs=1)
+    said = [str(w.message) for w in heard]
+    assert any("device='cuda' is not on this machine" in s for s in said) and any("one process trains" in s for s in said)
+    assert model.metadata["status"] == "completed"
+
+
 def test_class_weights_find_more_of_the_rare(tmp_path):
     frame = people(600)
     frame["sick"] = np.where(frame[ODD].fillna(0) + np.random.default_rng(1).normal(0, 8, 600) > 66, "yes", "no")

@@ -29,7 +29,7 @@ from .losses import metric_specs
 from .model import TabularModel, forward, keep, read_out
 from .predicting import conformal
 from .preparing import Preparation
-from .recipe import assembled, changed, monitor_of, network, training_of
+from .recipe import assembled, changed, monitor_of, network, processes_of, training_of
 from .rows import Rows
 from .source import open_source
 from .targets import heads_of, in_units
@@ -133,7 +133,7 @@ def train(
     lines = [Console(say or print)] if training.verbose and (say or not board) else []
     run = run or Path(folder) / "run"
     trainer = assembled(graph, rows, module, [weights, *lines, *callbacks], run=run, board=board, track=track, **settings)
-    trainer.fit(training.epochs, resume=resume, processes=training.processes, log_every=training.log_every or 1)
+    trainer.fit(training.epochs, resume=resume, processes=processes_of(training), log_every=training.log_every or 1)
     if trainer.status.state == "failed": raise RuntimeError(f"the training failed: {trainer.status.message or trainer.status.cause}")
     more = {"seconds": time.time() - began, "seed": training.seed or 0, "embeddings_from": taken}
     return finished(graph, rows, trainer, weights, folder, more)
