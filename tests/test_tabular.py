@@ -225,7 +225,8 @@ def test_fields_reach_the_trainer():
 @pytest.mark.parametrize("field, value", [("num_workers", 2), ("pin_memory", True), ("save_dir", "/tmp/x"), ("reshape_targets", False)])
 def test_idle_fields_are_said(field, value):
     made = graph(f"  {field}: {json.dumps(value)}")
-    with pytest.warns(UserWarning, match=f"{field}=.*has no effect"): recipe(made, people(), run=False, board=False)
+    with pytest.warns(UserWarning, match=f"{field}=.*has no effect") as heard: recipe(made, people(), run=False, board=False)
+    assert len(heard) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without GPUs")

@@ -29,7 +29,7 @@ from .losses import metric_specs
 from .model import TabularModel, forward, keep, read_out
 from .predicting import conformal
 from .preparing import Preparation
-from .recipe import assembled, changed, monitor_of, network, processes_of, training_of
+from .recipe import assembled, changed, monitor_of, network, processes_of, trainer_of
 from .rows import Rows
 from .source import open_source
 from .targets import heads_of, in_units
@@ -114,41 +114,36 @@ def train(
     folder: str | Path,  # of the model
     *,
     run: str | Path | None = None,  # the run's folder; None: `run` in the model's folder
-    seed: int | None = None,  # None: the graph's
     callbacks: Sequence[Callback] = (),
     track: Any = (),
     board: str | bool = "auto",
     say: Callable[[str], Any] | None = None,  # where epoch lines go; None: printed, where there is no board
     pretrained: Any = None,  # a TabularModel, or its folder, whose embeddings are taken over
     resume: bool = False,  # on from the run's newest checkpoint
-    **params: Any,  # as `recipe` takes them
+    **params: Any,  # as `recipe` takes them: seed, epochs, lr, ...
 ) -> TabularModel:
     """The trained model, kept in its folder; ValueError, before the start, for what does not fit; RuntimeError for a run that failed."""
     began = time.time()
-    graph, settings = changed(graph, params if seed is None else {**params, "seed": seed})
-    training, rows = training_of(graph), Rows.read(graph, source)
-    module = network(graph, training.seed or 0)
+    graph, given = changed(graph, params)
+    training, rows = trainer_of(graph), Rows.read(graph, source)
+    module, weights = network(graph, training.seed or 0), weights_of(graph, rows)
     taken = embeddings_from(graph, module, rows.preparation, pretrained)
-    weights = weights_of(graph, rows)
     lines = [Console(say or print)] if training.verbose and (say or not board) else []
-    run = run or Path(folder) / "run"
-    trainer = assembled(graph, rows, module, [weights, *lines, *callbacks], run=run, board=board, track=track, **settings)
+    trainer = assembled(graph, rows, module, [weights, *lines, *callbacks], run or Path(folder) / "run", board=board, track=track, **given)
     trainer.fit(training.epochs, resume=resume, processes=processes_of(training), log_every=training.log_every or 1)
-    if trainer.status.state == "failed": raise RuntimeError(f"the training failed: {trainer.status.message or trainer.status.cause}")
-    more = {"seconds": time.time() - began, "seed": training.seed or 0, "embeddings_from": taken}
-    return finished(graph, rows, trainer, weights, folder, more)
+    return finished(graph, rows, trainer, weights, folder, {"seconds": time.time() - began, "embeddings_from": taken})
 
 # %% ../../../nbs/tasks/73b_training.ipynb #b62f2137
 def weights_of(graph: Graph, rows: Rows) -> Weights:
     """The listener that remembers the best weights: by what early stopping watches, else by the validation loss."""
-    training = training_of(graph)
+    training = trainer_of(graph)
     names = list(metric_specs(graph, rows.preparation.goals))
     monitor = monitor_of(training, names) if training.early_stopping_patience else "valid_loss"
     return Weights(monitor if len(rows.parts["valid"]) else "train_loss", training.early_stopping_mode or "auto")
 
 def embeddings_from(graph: Graph, module: nn.Module, preparation: Preparation, pretrained: Any) -> dict[str, int] | None:
     """What was taken over from another model, by input; ValueError where the graph names one that nobody gives."""
-    asked = training_of(graph).pretrained_embeddings
+    asked = trainer_of(graph).pretrained_embeddings
     if pretrained is None and asked:
         raise ValueError(f"trainer: pretrained_embeddings={asked!r} names a model: give its folder, as train(pretrained=folder)")
     if pretrained is None: return None
@@ -162,12 +157,14 @@ def finished(
     folder: str | Path,
     more: dict[str, Any],  # for the metadata
 ) -> TabularModel:
-    """Keeps the model, its history and where it was made, and loads it again from there."""
+    """Keeps the model, its history and where it was made, and loads it again from there; RuntimeError after a run that failed."""
+    if trainer.status.state == "failed": raise RuntimeError(f"the training failed: {trainer.status.message or trainer.status.cause}")
     if not len(rows.parts["valid"]): weights.best, weights.epoch = weights.last, trainer.epoch
     restore(trainer.model, weights.best)
     half = intervals(TabularModel(graph, rows.preparation, trainer.model), trainer)
     about = {"metrics": measured(trainer, weights.epoch), "best_epoch": weights.epoch, "epochs": trainer.epoch, "monitor": weights.monitor,
-             "status": trainer.status.state, "message": trainer.status.message, "intervals": half, **more, "notes": list(graph.notes),
+             "status": trainer.status.state, "message": trainer.status.message, "intervals": half,
+             "seed": trainer_of(graph).seed or 0, **more, "notes": list(graph.notes),
              "parameters": sum(p.numel() for p in trainer.model.parameters()), "made": time.strftime("%Y-%m-%d %H:%M:%S %z")}
     path = keep(folder, graph, rows, trainer.model, about, weights.last)
     history = trainer.history.epochs()
@@ -190,5 +187,5 @@ def rehearse(
     some = np.flatnonzero(told)[:rows]
     if not len(some): raise ValueError(f"none of the {table.rows:,} rows has a target: there is nothing to learn")
     preparation = Preparation.fit(graph, table, some)
-    batch = table.take([*preparation.columns, *preparation.goals], some[:training_of(graph).batch_size])
+    batch = table.take([*preparation.columns, *preparation.goals], some[:trainer_of(graph).batch_size])
     return dry_run(graph, preparation.transform(batch), preparation.targets(batch))
