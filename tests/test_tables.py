@@ -64,7 +64,8 @@ def test_names_that_are_not_there(tables, call, name):
 
 
 BAD = {"long.csv": "a,b\n1,2\n1,2,3\n", "short.csv": "a,b\n1,2\n1\n", "quote.csv": 'a,b\n1,"2\n', "empty.csv": "", "x.json": "{",
-       "x.jsonl": '{"a":1}\n{"a"', "x.parquet": "PAR1", "x.xlsx": "PK", "x.csv.gz": "a,b", "x.png": "a", "x.parquet.gz": "a", "x": "a"}
+       "x.jsonl": '{"a":1}\n{"a"', "x.parquet": "PAR1", "x.xlsx": "PK", "x.csv.gz": "a,b", "x.png": "a", "x.parquet.gz": "a", "x": "a",
+       "cut.json": '[{"a":1},'}
 
 
 @pytest.mark.parametrize("file", BAD)
@@ -74,6 +75,18 @@ def test_a_bad_file_is_one_sentence_and_no_table(tables, tmp_path, file):
         with pytest.raises(ValueError) as caught: tables.load(tmp_path / file, table, replace=replace)
         assert file in str(caught.value) and len(str(caught.value)) < 400 and "\n" not in str(caught.value)
     assert tables.names() == ["victim"] and tables.frame("victim").a.tolist() == [1, 2, 3]
+
+
+def test_a_file_says_that_it_is_utf_16(tables, tmp_path):
+    (tmp_path / "u.csv").write_text("town,x\nZürich,n/a\n", encoding="utf-16")
+    assert tables.load(tmp_path / "u.csv", "u") == 1 and tables.frame("u").town[0] == "Zürich"
+    assert tables.describe("u").column("x").missing == 1
+
+
+def test_a_batch_holds_a_row(tables, tmp_path):
+    path = tables.snapshot("victim", tmp_path / "v.parquet")
+    with pytest.raises(ValueError, match="at least one row"): next(parquet_batches(path, 0))
+    with pytest.raises(ValueError, match="at least one row"): next(tables.batches("victim", 0))
 
 
 def test_kinds_survive_the_way_there_and_back(tables):

@@ -145,7 +145,6 @@ class Taking(Looking):
 
     def batches(self, table: str, rows: int = 100_000, columns: Sequence[str] | None = None) -> "Iterator[pd.DataFrame]":
         """A table in frames of so many rows, in its order; the table is free again when the first one comes."""
-        if rows < 1: raise ValueError(f"rows={rows!r}: a batch holds at least one row")
         with TemporaryDirectory(prefix="arc-batches-") as folder:
             path = Path(folder) / "rows.parquet"
             with self.open() as connection: _copy(connection, _select(connection, table, columns), path, "lz4")
@@ -166,6 +165,7 @@ def parquet_batches(
     columns: Sequence[str] | None = None,
 ) -> "Iterator[pd.DataFrame]":
     """A Parquet file in frames of so many rows, in its order, with the memory of one batch."""
+    if rows < 1: raise ValueError(f"rows={rows!r}: a batch holds at least one row")
     picked = ", ".join(map(quoted, columns)) if columns else "* EXCLUDE (file_row_number)"
     with connected() as connection:
         total = connection.execute(f"SELECT count(*) FROM read_parquet({literal(path)})").fetchall()[0][0]
