@@ -15,13 +15,16 @@ import torch
 from arc_nb import Trainer
 from arc_nb.engine.callbacks import EarlyStopping
 from arc_nb.engine.keeping import Checkpoints
-from arc_nb.graph.spec import Graph, Split, Training
+from arc_nb.graph.spec import Graph, Prepared, Split, Training
+from arc_nb.tasks.tabular import source
+from arc_nb.tasks.tabular.columns import encode, learn
 from arc_nb.tasks.tabular.model import TabularModel
 from arc_nb.tasks.tabular.preparing import Preparation
 from arc_nb.tasks.tabular.recipe import IDLE, recipe
 from arc_nb.tasks.tabular.rows import Rows, load_parts
 from arc_nb.tasks.tabular.source import open_source
 from arc_nb.tasks.tabular.splitting import rows_of
+from arc_nb.tasks.tabular.targets import fit_target, to_target
 from arc_nb.tasks.tabular.training import rehearse, train
 
 ODD = 'x"; DROP TABLE y; --'  # a column may be called anything
@@ -409,3 +412,99 @@ def test_a_million_rows_need_little_more_than_their_size():
     found = json.loads(done.stdout.splitlines()[-1])
     print(found)
     assert found["times its size"] <= 1.2
+
+
+# -- messy tables
+def small(columns, rows=60, seed=0):
+    """A table of these columns with a target that the first one tells."""
+    rng = np.random.default_rng(seed)
+    frame = pd.DataFrame({name: make(rng, rows) for name, make in columns.items()})
+    return frame.assign(y=np.where(rng.random(rows) < 0.5, "yes", "no"))
+
+
+def plain_graph(prepared, more=""):
+    """A linear network over these columns; the width follows from how they are prepared."""
+    width = sum(how.get("size", 1) for how in prepared.values())
+    return Graph.from_yaml(f"""
+inputs: {{features: {{dtype: float32, shape: [null, {width}], columns: {json.dumps(list(prepared))}}}}}
+graph:
+  - {{name: score, type: torch.nn.Linear, params: {{in_features: {width}, out_features: 1}}, inputs: {{input: features}}}}
+outputs: {{logits: score.output}}
+trainer: {{loss: torch.nn.BCEWithLogitsLoss, target: y, epochs: 1{more}}}
+preprocessing: {{columns: {json.dumps(prepared)}}}
+""")
+
+
+def parquet(frame, path):
+    with duckdb.connect() as connection: connection.execute(f"COPY frame TO '{path}'")
+    return path
+
+
+def test_truths_with_gaps_train_from_a_file(tmp_path):
+    table = small({"b": lambda g, n: g.choice([True, False, None], n)})
+    model = train(plain_graph({"b": {"kind": "boolean", "size": 2, "flag": True}}), parquet(table, tmp_path / "t.parquet"), tmp_path / "m",
+                  board=False, verbose=False)
+    assert len(model.part("test")) == 9 and len(model.part("test", table)) == 9  # the frame has the file's digests
+
+
+def test_a_truth_that_training_never_saw(tmp_path):
+    table = small({"b": lambda g, n: np.arange(n) == n - 1})
+    graph = plain_graph({"b": {"kind": "boolean", "size": 1}})
+    graph.preprocessing.split = Split(by="time", column="when")
+    table["when"] = np.arange(len(table))
+    model = train(graph, table, tmp_path, board=False, verbose=False)
+    assert model.preparation.feeds["features"].columns[0].facts["words"] == ["false", ""]
+    found = model.preparation.transform(pd.DataFrame({"b": [True, False, "TRUE", "False", None]}))["features"].reshape(-1).tolist()
+    assert found == [1, 0, 1, 0, 0]
+
+
+def test_empty_columns_are_zeros(tmp_path):
+    table = small({"b": lambda g, n: np.full(n, None), "x": lambda g, n: np.full(n, np.nan), "c": lambda g, n: np.full(n, None)})
+    graph = plain_graph({"b": {"kind": "boolean", "size": 1}, "x": {"kind": "number", "size": 1}, "c": {"kind": "onehot", "size": 3}})
+    table["b"], table["x"] = table.b.astype("boolean"), table.x.astype(float)
+    model = train(graph, table, tmp_path, board=False, verbose=False)
+    assert model.preparation.transform(table)["features"][:, :2].abs().max() == 0
+
+
+@pytest.mark.parametrize("size", [1e-19, 1e-6, 1e9, 1e30])
+def test_small_and_large_numbers_are_scaled(size):
+    x = pd.Series(np.random.default_rng(0).normal(size=200) * size)
+    column = learn("x", Prepared(kind="number"), x)
+    assert abs(encode(column, x).std() - 1) < 1e-6
+    goal = fit_target("x", "regression", x, x)
+    assert abs(float(to_target(goal, x).std()) - 1) < 1e-2
+
+
+@pytest.mark.parametrize("value,why", [(np.inf, "is infinite"), (1e300, "is too large")])
+@pytest.mark.parametrize("column", ["x", "cost"])
+def test_what_no_network_can_learn_is_named_by_its_row(column, value, why):
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"x": rng.normal(size=100), "cost": rng.normal(size=100)})
+    table.loc[57, column] = value
+    graph = plain_graph({"x": {"kind": "number", "size": 1}})
+    graph = graph.model_copy(update={"trainer": Training(loss="torch.nn.MSELoss", target="cost")})
+    with pytest.raises(ValueError, match=rf"row 57: {re.escape(repr(value))} {why}"): Rows.read(graph, table).tensors()
+
+
+def test_words_of_one_letter_are_words():
+    column = learn("grade", Prepared(kind="text", size=32), pd.Series(["A", "B"]))
+    found = encode(column, pd.Series(["A", "B", "a", None]))
+    assert (found[0] == found[2]).all() and (found[0] != found[1]).any() and found[0].any() and not found[3].any()
+
+
+def test_hundreds_of_columns_are_read_at_once(tmp_path, monkeypatch):
+    wide = pd.DataFrame(np.zeros((20, 400)), columns=[f"c{k}" for k in range(400)])
+    asked, real = [], source.asked
+    monkeypatch.setattr(source, "asked", lambda query, path: asked.append(query) or real(query, path))
+    table = open_source(parquet(wide, tmp_path / "w.parquet"))
+    assert table.take(table.names).equals(wide) and len(asked) == 3
+    monkeypatch.setattr(source, "SMALL", 10)
+    assert open_source(table.path).frame is None
+
+
+def test_what_is_no_frame_is_refused():
+    preparation = Preparation.fit(plain_graph({"x": {"kind": "number", "size": 1}}), small({"x": lambda g, n: g.normal(size=n)}))
+    for wrong in ({"x": 1.0}, pd.Series({"x": 1.0}), [1.0]):
+        with pytest.raises(TypeError, match="one row is pd.DataFrame"): preparation.transform(wrong)
+    with pytest.raises(ValueError, match="several columns called x"):
+        preparation.transform(pd.DataFrame([[1.0, 2.0]], columns=["x", "x"]))

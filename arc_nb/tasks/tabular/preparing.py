@@ -185,7 +185,10 @@ def fit_feed(graph: Graph, source: Source, name: str, columns: Sequence[str], ro
     entry, learned = graph.inputs[name], []
     for column in columns:
         values = source.column(column)
-        learned.append(learn_column(graph, entry, column, values if rows is None else values.iloc[rows].reset_index(drop=True)))
+        try: learned.append(learn_column(graph, entry, column, values if rows is None else values.iloc[rows].reset_index(drop=True)))
+        except ValueError:
+            learn_column(graph, entry, column, values)  # of all rows: the error then names the row by its place in the table
+            raise
     dtype = "int64" if entry.categorical else entry.dtype
     return check_width(Feed(name, dtype, tuple(size for size in entry.shape[1:] if size), tuple(learned)), entry)
 
@@ -206,7 +209,12 @@ def check_columns(
     frame: Any,
     columns: Sequence[str],  # that are needed
 ) -> None:
-    """ValueError that lists the columns that a frame lacks."""
+    """ValueError that lists the columns that a frame lacks, or has twice; TypeError for what is no frame."""
+    import pandas as pd
+    if not isinstance(frame, pd.DataFrame):
+        raise TypeError(f"rows come in a DataFrame, and this is a {type(frame).__name__}: one row is pd.DataFrame([row])")
+    twice = sorted(set(frame.columns[frame.columns.duplicated()]) & set(columns))
+    if twice: raise ValueError(f"the frame has several columns called {', '.join(twice)}: give each a name of its own")
     missing = [column for column in columns if column not in frame]
     if len(missing) == 1: raise unknown(missing[0], list(map(str, frame)), "column")
     if missing: raise ValueError(f"the frame lacks {len(missing)} columns that the model needs: {', '.join(missing[:10])}; "

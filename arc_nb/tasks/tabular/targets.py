@@ -130,15 +130,18 @@ def plain(
 def fit_target(
     column: str,
     kind: str,  # "binary", "multi-class" or "regression"
-    values: "pd.Series",  # all rows that have a value
+    values: "pd.Series",  # all rows
     train: "pd.Series | None" = None,  # the training rows, for mean and deviation; None: a quantity stays as it is
 ) -> Target:
     """What has to be known of a target; ValueError where its values are not of its kind."""
     if kind != "regression": return Target(column, kind, labels_of(column, kind, values))
     if train is None: return Target(column, kind)
-    found = numbers(column, train)
+    try: found = numbers(column, train)
+    except ValueError:
+        numbers(column, values)  # of all rows: the error then names the row by its place in the table
+        raise
     width = float(found.std())
-    return Target(column, kind, (), float(found.mean()), width if width > 1e-12 * max(1.0, abs(float(found.mean()))) else 1.0)
+    return Target(column, kind, (), float(found.mean()), width if width > 1e-12 * float(np.abs(found).max()) else 1.0)
 
 def labels_of(column: str, kind: str, values: "pd.Series") -> tuple[Any, ...]:
     """The classes in order; ValueError where a binary target has not two of them."""
@@ -159,13 +162,11 @@ def to_target(
 ) -> Tensor:
     """(rows,): int64 classes, or float32; ValueError names the row of an unknown label or a missing value."""
     at = np.arange(len(values)) if rows is None else rows
-    def check(bad: np.ndarray, why: str) -> None:
-        if bad.any(): refuse(target.column, values[bad], np.ones(int(bad.sum()), bool), why, int(at[np.flatnonzero(bad)[0]]))
-    check(values.isna().to_numpy(), "is missing, and it is the target")
+    refuse(target.column, values, values.isna().to_numpy(), "is missing, and it is the target", at)
     if target.kind == "regression":
-        return torch.from_numpy(((numbers(target.column, values) - target.shift) / target.scale).astype(np.float32))
+        return torch.from_numpy(((numbers(target.column, values, at) - target.shift) / target.scale).astype(np.float32))
     codes = places(values, {key(label): k for k, label in enumerate(target.labels)}, -1)
-    check(codes < 0, f"is none of the classes {', '.join(map(str, target.labels[:10]))}")
+    refuse(target.column, values, codes < 0, f"is none of the classes {', '.join(map(str, target.labels[:10]))}", at)
     found = torch.from_numpy(codes.astype(np.int64))
     return found.float() if target.kind == "binary" else found
 
