@@ -83,9 +83,10 @@ def load(
     source: Annotated[str, Argument(help="CSV, TSV, Parquet, JSON, JSONL or Excel, .gz too; globs")],
     table: Annotated[str | None, Option(help="Name of the table; after the file where it is not said")] = None,
     replace: Annotated[bool, Option(help="Replace an older table of that name")] = False,
+    encoding: Annotated[str, Option(help="Of a text file, such as latin-1")] = "utf-8",
 ) -> None:
     """Makes a table of a file."""
-    context.obj.show(_arc(context).load(source, table, replace=replace))
+    context.obj.show(_arc(context).load(source, table, replace, encoding))
 
 @app.command()
 def tables(context: Context) -> None:

@@ -66,11 +66,12 @@ class Home:
         source: Any,  # a path (CSV, TSV, Parquet, JSON, JSONL, Excel; .gz), a DataFrame, or a query
         table: str | None = None,  # its name; None: after the file
         replace: bool = False,  # an older table of that name
+        encoding: str = "utf-8",  # of a text file, such as "latin-1"
     ) -> Profile:
         """Makes a table, and says what is in it. DataError for what cannot be read."""
         with blame(DataError):
             name = table if table is not None else source_of(source).name
-            self.store.load(source, name, replace=replace)
+            self.store.load(source, name, replace=replace, encoding=encoding)
         return self.describe(name)
 
     def tables(self) -> "pd.DataFrame":

@@ -138,9 +138,11 @@ def sampled(
     sample: float | int,  # a share of the rows, or so many
 ) -> Graph:
     """The graph, to be trained on a part of the rows. ConfigError for no share and no number."""
-    if isinstance(sample, bool) or not (0 < sample < 1 or sample >= 1 and float(sample).is_integer()):
+    number = isinstance(sample, (int, float)) and not isinstance(sample, bool)
+    if not number or not (0 < sample <= 1 or float(sample).is_integer() and sample > 1):
         raise ConfigError(f"sample={sample!r} is a share of the rows (0.1), or a number of them (5000)")
     preprocessing = graph.preprocessing or Preprocessing()
+    if sample == 1: return graph  # all of them
     return graph.model_copy(update={"preprocessing": preprocessing.model_copy(update={"sample": sample if sample < 1 else int(sample)})})
 
 # %% ../nbs/90b_intent.ipynb #14c7ed44

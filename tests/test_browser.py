@@ -292,6 +292,63 @@ def test_two_processes_from_a_cell(lab, browser, out):
     p.page.close()
 
 
+ARC = """\
+import os
+os.environ['ARC_NB_HOME'] = os.path.abspath('home')
+from sklearn.datasets import load_breast_cancer
+from arc_nb import Arc
+%load_ext arc_nb
+arc = Arc()
+frame = load_breast_cancer(as_frame=True).frame.rename(columns=lambda name: name.replace(' ', '_'))
+arc.load(frame.assign(benign=frame.pop('target')), table='growths')"""
+TRAIN = """\
+/ml model --name benign
+          --instruction "Predict whether a growth is benign with:
+                        - 2 hidden layers (32, 16)
+                        - 4000 epochs, no early stopping"
+          --data-table growths
+done = 1 + 1"""
+LOAD = "import os\nos.environ['ARC_NB_HOME'] = os.path.abspath('home')\n%load_ext arc_nb"
+ELSEWHERE = """\
+/ml jobs list
+job = arc.job(arc.jobs()['Job ID'][0])
+print('ENDED', job.status, job.cancel().wait().status)"""
+
+
+def test_commands_in_cells(lab, browser, out):
+    "The guide's lines, between lines of Python: the plan, and the live board of a job that outlives its cell; another notebook ends it."
+    base, root = lab
+    notebook(root, "arc.ipynb", [ARC, TRAIN])
+    p = Page(browser, base)
+    p.open("arc.ipynb")
+    p.command("notebook:run-all-cells")
+    p.page.wait_for_selector(BOARD, timeout=WAIT)
+    p.done(1)                                                             # the cell has ended ...
+    p.points(200)
+    seen = int(p.data("points"))
+    p.points(seen + 100)                                                  # ... and the board of the job goes on
+    cell = p.page.locator(".jp-CodeCell").nth(1)
+    assert "From your words" in cell.inner_text() and "32, 16" in cell.inner_text()
+    p.page.locator(BOARD).first.scroll_into_view_if_needed()
+    p.shot(out / "arc-job.png", whole=True)
+    notebook(root, "elsewhere.ipynb", [LOAD, ELSEWHERE])
+    other = Page(browser, base)
+    other.open("elsewhere.ipynb")
+    other.command("notebook:run-all-cells")
+    other.page.wait_for_selector("text=ENDED running cancelled", timeout=WAIT)
+    assert "train_model" in other.page.locator(".jp-CodeCell").nth(1).inner_text()
+    other.page.close()
+    cell.locator(PICTURE).first.wait_for(timeout=WAIT)                    # the board became a picture
+    for name, theme in (("arc-plan", "JupyterLab Light"), ("arc-plan-dark", "JupyterLab Dark")):
+        p.theme(theme)
+        p.until("() => !document.querySelector('.jp-Splash, #jupyterlab-splash')")
+        cell.locator(".arc-plan h4").first.scroll_into_view_if_needed()
+        p.shot(out / f"{name}.png", whole=True)
+    p.theme("JupyterLab Light")
+    assert not p.errors, p.errors
+    p.page.close()
+
+
 def test_narrow(lab, browser, out):
     base, root = lab
     notebook(root, "narrow.ipynb", [SET_UP, LONG])

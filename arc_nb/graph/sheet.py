@@ -41,7 +41,8 @@ SOURCES = {"words": "From your words", "data": "From the data", "default": "Defa
 _SHAPE = """.arc-plan{padding:14px 16px;border-radius:8px;font:13px/1.5 system-ui,sans-serif;max-width:900px}
 .arc-plan h3{margin:0 0 2px;font-size:17px}.arc-plan h4{margin:14px 0 4px;font-size:13px}.arc-plan p{margin:2px 0}
 .arc-plan table{font:inherit;color:inherit;border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;background:transparent}
-.arc-plan td{padding:3px 10px 3px 0;border-top:1px solid;text-align:left;vertical-align:top;background:transparent;white-space:normal}
+.arc-plan.arc-plan tr{background:transparent}
+.arc-plan.arc-plan td{padding:3px 10px 3px 0;border-top-width:1px;border-top-style:solid;text-align:left;vertical-align:top;white-space:normal}
 .arc-plan td:first-child{width:150px;white-space:nowrap}
 .arc-plan td:nth-child(2){width:230px;font-weight:600;overflow-wrap:anywhere}.arc-plan td:nth-child(3){overflow-wrap:anywhere}
 .arc-plan .note{border-left:4px solid;border-radius:4px;padding:6px 12px;margin:8px 0}
@@ -52,8 +53,8 @@ _SHAPE = """.arc-plan{padding:14px 16px;border-radius:8px;font:13px/1.5 system-u
 
 def _colours(theme: str) -> str:
     c = THEMES[theme]
-    return (f".arc-plan,.arc-plan td,.arc-plan summary{{background:{c['bg']};color:{c['fg']}}}.arc-plan "
-            f"td{{border-color:{c['line']}}}.arc-plan .faint{{color:{c['faint']}}}"
+    return (f".arc-plan,.arc-plan.arc-plan td,.arc-plan summary{{background:{c['bg']};color:{c['fg']}}}.arc-plan.arc-plan "
+            f"td{{border-color:{c['line']}}}.arc-plan.arc-plan .faint{{color:{c['faint']}}}"
             f".arc-plan .note,.arc-plan pre{{background:{c['note']};color:{c['fg']}}}.arc-plan .ask{{border-color:{c['bad']}}}.arc-plan "
             f".left{{border-color:{c['warn']}}}.arc-plan .flag{{border-color:{c['train']}}}.arc-plan .chip{{border-color:{c['ghost']}}}")
 
