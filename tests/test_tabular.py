@@ -19,12 +19,13 @@ from arc_nb.graph.spec import Graph, Prepared, Split, Training
 from arc_nb.tasks.tabular import source
 from arc_nb.tasks.tabular.columns import encode, learn
 from arc_nb.tasks.tabular.model import TabularModel
+from arc_nb.tasks.tabular.predicting import answers
 from arc_nb.tasks.tabular.preparing import Preparation
 from arc_nb.tasks.tabular.recipe import IDLE, recipe
 from arc_nb.tasks.tabular.rows import Rows, load_parts
 from arc_nb.tasks.tabular.source import open_source
 from arc_nb.tasks.tabular.splitting import rows_of
-from arc_nb.tasks.tabular.targets import fit_target, to_target
+from arc_nb.tasks.tabular.targets import Target, fit_target, to_target
 from arc_nb.tasks.tabular.training import rehearse, train
 
 ODD = 'x"; DROP TABLE y; --'  # a column may be called anything
@@ -508,3 +509,37 @@ def test_what_is_no_frame_is_refused():
         with pytest.raises(TypeError, match="one row is pd.DataFrame"): preparation.transform(wrong)
     with pytest.raises(ValueError, match="several columns called x"):
         preparation.transform(pd.DataFrame([[1.0, 2.0]], columns=["x", "x"]))
+
+
+@pytest.mark.parametrize("trained,given", [([True, False], [1, 0]), ([True, False], ["TRUE", "False"]), ([1, 0], [True, False]),
+                                           ([1, 0], [1.0, 0.0]), (["1", "0"], [True, False])])
+def test_a_truth_is_one_and_zero_too(trained, given):
+    column = learn("b", Prepared(kind="boolean"), pd.Series(trained * 3))
+    assert encode(column, pd.Series(given))[:, 0].tolist() == [1, 0]
+    goal = fit_target("b", "binary", pd.Series(trained * 3))
+    assert to_target(goal, pd.Series(given)).tolist() == [1, 0]
+    with pytest.raises(ValueError, match="row 1: 2 is none of"): to_target(goal, pd.Series([1, 2]))
+
+
+def test_one_truth_knows_the_other():
+    column = learn("b", Prepared(kind="boolean"), pd.Series([False, False]))
+    assert encode(column, pd.Series([0, 1, False, True, "false"]))[:, 0].tolist() == [0, 1, 0, 1, 0]
+
+
+def test_missing_texts_are_missing_as_in_loading():
+    column = learn("x", Prepared(kind="number", size=2, flag=True), pd.Series([1.0, 3.0, np.nan]))
+    assert encode(column, pd.Series(["1", "", " NA ", "nan", None]))[:, 1].tolist() == [0, 1, 1, 1, 1]
+    with pytest.raises(ValueError, match="row 1: 'x' is no number"): encode(column, pd.Series(["", "x"]))
+
+
+def test_labels_that_differ_in_case_fit_a_table():
+    found = answers(Target("y", "multi-class", ("Yes", "YES", "yes_2", "yes")), np.full((1, 4), 0.25), prefix="y_")
+    assert len({name.casefold() for name in found}) == 5
+
+
+def test_time_is_no_alphabet():
+    day = pd.date_range("2024-08-20", periods=90)
+    parts = rows_of(Split(by="time", column="day"), pd.DataFrame({"day": day.strftime("%m/%d/%Y"), "y": 1}))
+    assert parts["train"].max() < parts["valid"].min() and parts["valid"].max() < parts["test"].min()
+    with pytest.raises(ValueError, match="'ward', row 0: 'a' is no date"):
+        rows_of(Split(by="time", column="ward"), pd.DataFrame({"ward": ["a", "b"] * 20, "y": 1}))

@@ -15,6 +15,7 @@ import numpy as np
 from ...engine.telling import warn
 from ...graph.spec import Split
 from ...tables.names import unknown
+from .columns import days
 
 # %% ../../../nbs/tasks/70_splitting.ipynb #0919d645
 if TYPE_CHECKING: import pandas as pd
@@ -121,7 +122,8 @@ def by_time(
     frame: "pd.DataFrame",
 ) -> dict[str, np.ndarray]:
     """The earliest rows for training, the latest for the test; rows of one moment stay together."""
-    times, sizes = need(frame, split).to_numpy(), counts(split, len(frame))
+    values, sizes = need(frame, split), counts(split, len(frame))
+    times = values.to_numpy() if values.dtype.kind in "biufM" else days(str(split.column), values)  # a text is a date, or refused
     order = np.argsort(times, kind="stable")
     cuts = [int(np.searchsorted(times[order], times[order[min(cut, len(order) - 1)]])) if cut < len(order) else len(order)
             for cut in (sizes["train"], sizes["train"] + sizes["valid"])]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...engine.lookup import unknown
 from ...graph.spec import Graph, Loss
-from .columns import frequent, key, keyed, numbers, places, refuse, two
+from .columns import frequent, index_of, key, keyed, numbers, places, refuse, two
 
 # %% ../../../nbs/tasks/70d_targets.ipynb #b89f83fc
 if TYPE_CHECKING: import pandas as pd
@@ -165,7 +165,7 @@ def to_target(
     refuse(target.column, values, values.isna().to_numpy(), "is missing, and it is the target", at)
     if target.kind == "regression":
         return torch.from_numpy(((numbers(target.column, values, at) - target.shift) / target.scale).astype(np.float32))
-    codes = places(values, {key(label): k for k, label in enumerate(target.labels)}, -1)
+    codes = places(values, index_of([key(label) for label in target.labels]), -1)
     refuse(target.column, values, codes < 0, f"is none of the classes {', '.join(map(str, target.labels[:10]))}", at)
     found = torch.from_numpy(codes.astype(np.int64))
     return found.float() if target.kind == "binary" else found
