@@ -200,3 +200,46 @@ def test_a_long_text_is_quick(profiles):
     began = time.process_time()
     plan = make_plan("use 3 hidden layers, 20 epochs; " + "lorem ipsum dolor sit amet " * 400, profiles["customers"], target="churn")
     assert plan.choices["epochs"] == 20 and plan.not_understood and time.process_time() - began < 20
+
+
+def test_settings_of_losses_optimizers_and_schedules_are_trained_with(profiles):
+    plan = make_plan("predict price, Huber loss with delta=2, AdamW with betas (0.9, 0.95), plateau with factor 0.2 and patience 3, 30 epochs",
+                     profiles["housing_features"])
+    t = plan.graph.trainer
+    assert t.loss[0].params == {"delta": 2.0} and t.optimizer.params["betas"] == [0.9, 0.95] and t.early_stopping_patience is None
+    assert (t.scheduler.type, t.scheduler.params) == ("plateau", {"factor": 0.2, "patience": 3})
+    from arc_nb.graph.spec import Graph
+    assert Graph.from_yaml(plan.graph.to_yaml()) == plan.graph
+    weighed = make_plan("predict outcome, pos_weight 2.5", profiles["processed_diabetes_data"]).graph
+    assert weighed.trainer.loss[0].params == {"pos_weight": 2.5} and weighed.check() is not None
+    asked = make_plan("predict outcome, label smoothing 0.1, SGD with betas 0.9, 0.99", profiles["processed_diabetes_data"])
+    assert [q.about for q in asked.questions] == ["loss", "optimizer"]
+
+
+def test_slips_of_the_finger_are_said(profiles):
+    plan = make_plan("trian for 25 epohcs, predict chrun", profiles["customers"])
+    assert plan.choices["epochs"] == 25 and list(plan.targets) == ["churn"] and not plan.not_understood and not plan.questions
+    assert {"“epohcs” is read as “epochs”", "“chrun” is read as “churn”"} <= set(plan.flags)
+
+
+def test_an_output_layer_tells_the_target_where_one_column_fits():
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(rng.normal(size=(300, 20)), columns=[f"m{k}" for k in range(20)]).assign(bought=rng.integers(0, 2, 300))
+    plan = make_plan("Build a model with:\n- Input layer with 20 features\n- Output layer: 1 neuron with sigmoid", profile_frame(frame, "t"))
+    assert plan.targets == {"bought": "binary"} and not plan.questions and plan.choices["loss"] == "BCELoss"
+
+
+def test_pretrained_embeddings_need_embeddings(profiles):
+    plan = make_plan("predict price using pre-trained embeddings from old_model", profiles["housing_features"])
+    assert {"city", "condition"} <= {c for i in plan.graph.inputs.values() if i.categorical for c in i.columns}
+    none = make_plan("pre-trained embeddings from old_model", profiles["processed_diabetes_data"])
+    assert any("no column holds categories" in flag for flag in none.flags)
+
+
+def test_odd_columns_are_flagged():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=200)
+    frame = pd.DataFrame({"x": x, "again": x, "cost": [f"{k % 17},{k % 9}00" for k in range(200)], "y": rng.integers(0, 2, 200), "same": 1})
+    plan = make_plan("predict y", profile_frame(frame, "t"))
+    assert any("numbers written as text" in f for f in plan.flags) and any("again looks the same as x" in f for f in plan.flags)
+    with pytest.raises(ValueError, match="only one value"): make_plan("predict same", profile_frame(frame, "t"))

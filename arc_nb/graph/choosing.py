@@ -140,6 +140,12 @@ def infer_target(
     return aim.targets, Reason("target", aim.targets, "data" if aim.source == "data" else "words", aim.because)
 
 # %% ../../nbs/graph/62d_choosing.ipynb #4902e8cd
+def _hinted(choices: Choices) -> str:
+    """The kind that an output layer asks for: one neuron with a sigmoid is for two classes."""
+    acts = {s.value[1]: s.value[0] for s in choices.reading.values("output")}
+    if "sigmoid" in acts and acts["sigmoid"] in (None, 1): return "binary"
+    return "classification" if "softmax" in acts else ""
+
 def decide_task(
     choices: Choices,
     given: list[str] | None = None,
@@ -147,10 +153,12 @@ def decide_task(
     """The targets with their kinds; target and task are put among the choices."""
     kind, told, larger = said_kind(choices)
     loss = choices.reading.values("loss")
-    hint = kind or (OF_LOSS.get(loss[0].value, "") if loss else "")
+    hint = kind or (OF_LOSS.get(loss[0].value, "") if loss else "") or _hinted(choices)
     aim = aim_at(choices, hint, given)
     if aim.asked: choices.ask("target", aim.asked, aim.candidates)
     if aim.flag: choices.flags.append(aim.flag)
+    for name in () if aim.asked else aim.targets:
+        if choices.profile.column(name).distinct < 2: raise ValueError(f"the target {name!r} has only one value: there is nothing to learn")
     choices.put("target", aim.targets, "data" if aim.source == "data" else "words", aim.because)
     kinds = {name: _kind(choices, choices.profile.column(name), kind if len(aim.targets) == 1 else "", told) for name in aim.targets}
     _name_task(choices, aim, kinds, told, larger)
@@ -221,9 +229,23 @@ def decide_features(
         f"{', '.join(both)} is asked for and left out: which is right?", [wanted, without])
     if not features: raise ValueError(f"no column of {profile.name!r} is left to predict {', '.join(targets)} from: "
                                       f"{'; '.join(choices.flags) or 'the table has no others'}")
+    choices.flags += _doubtful([profile.columns[n] for n in features])
     told = " … ".join(f"“{s.words}”" for s in [*asked, *choices.reading.values("without"), *choices.reading.values("all")])
     return choices.put("features", features, "words" if told else "data",
                        told or (f"all columns but the target and {', '.join(sorted(left))}" if left else "all columns but the target"))
+
+# %% ../../nbs/graph/62d_choosing.ipynb #7c3191c0
+def _doubtful(columns: list[Column]) -> list[str]:
+    """Columns that go in and are worth a word: numbers written as text, and numbers that look like those of another column."""
+    found, seen = [], dict[tuple[Any, ...], str]()
+    for c in columns:
+        if c.kind == "text" and c.values and all(re.fullmatch(r"\s*[-+]?[$€£]?\d[\d,. ]*\s*[%$€£]?\s*", str(v)) for v in c.values):
+            found.append(f"{c.name} looks like numbers written as text ({next(iter(c.values))!r}), and goes in as text: "
+                         "a step of SQL makes them numbers")
+        if c.kind not in ("number", "integer"): continue
+        same = seen.setdefault((c.distinct, c.missing, c.least, c.most, c.mean, c.std), c.name)
+        if same != c.name: found.append(f"{c.name} looks the same as {same}: one of them would do")
+    return found
 
 def _unfit(choices: Choices, names: list[str], targets: list[str], associations: Any) -> set[str]:
     tells: dict[str, str] = {}
@@ -250,13 +272,14 @@ ONEHOT, HASHED = 12, 32  # categories that get a column each; buckets of a text
 
 def prepared(
     column: Column,
+    embedded: bool = False,  # give a text with few values an embedding too
 ) -> dict[str, Any]:
     """How a source column becomes numbers: kind, size, flag."""
     flag = column.missing > 0
     if column.kind in ("number", "integer"): return {"kind": "number", "size": 1 + flag, "flag": flag}
     if column.kind == "boolean": return {"kind": "boolean", "size": 1 + flag, "flag": flag}
     if column.kind == "date": return {"kind": "date", "size": (7 if column.type.startswith("TIMESTAMP") else 5) + flag, "flag": flag}
-    if column.distinct <= ONEHOT: return {"kind": "onehot", "size": column.distinct + 1, "flag": False}
+    if column.distinct <= ONEHOT and not embedded: return {"kind": "onehot", "size": column.distinct + 1, "flag": False}
     if column.distinct <= max(50, 0.1 * column.rows) and (column.length or 0) <= 60: return {"kind": "category",
         "size": column.distinct + 1, "flag": False}
     return {"kind": "text", "size": HASHED + flag, "flag": flag}
@@ -264,9 +287,10 @@ def prepared(
 def inputs_of(
     profile: Profile,
     features: list[str],
+    embedded: bool = False,  # every text with few values has an embedding
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """The inputs of a graph and its preparation: all numbers in one input, each category with codes in its own."""
-    how = {n: prepared(profile.columns[n]) for n in features}
+    how = {n: prepared(profile.columns[n], embedded) for n in features}
     numbers = [n for n in features if how[n]["kind"] != "category"]
     inputs: dict[str, dict[str, Any]] = {}
     if numbers: inputs["features"] = {"dtype": "float32", "shape": [None, sum(how[n]["size"] for n in numbers)], "columns": numbers}

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from .architectures import Goal, Style, network
 from .choosing import Choices, Question, Reason, decide_features, decide_task, inputs_of
 from .sentences import Reading, read
-from .defaults import decide_network, decide_output, decide_rows, decide_split, decide_training
+from .defaults import OWN, decide_network, decide_output, decide_rows, decide_split, decide_training
 from .spec import Graph
 from .words import rest
 from ..tables.profile import Column, Profile
@@ -36,7 +36,7 @@ def trainer_of(
 ) -> dict[str, Any]:
     """The trainer block of an Arc-Graph."""
     said = {what: reason.value for what, reason in choices.reasons.items()}
-    params = {k: said[k] for k in ("weight_decay", "momentum", "nesterov") if said.get(k)}
+    params = {k: said[k] for k in ("weight_decay", "momentum", "nesterov", "betas", "eps") if said.get(k)}
     patience = said["early_stopping"]
     stopping = {"early_stopping_patience": patience, "early_stopping_min_delta": said.get("min_delta", 0.0),
                 "early_stopping_monitor": said["monitor"]} if patience else {}
@@ -47,8 +47,9 @@ def trainer_of(
     more = {key: said[what] for key, what in optional.items() if said.get(what) != plain.get(what)}
     return {"optimizer": {"type": f"torch.optim.{said['optimizer']}", "lr": said["learning_rate"], "params": params}, "loss": losses,
             "epochs": said["epochs"], "batch_size": said["batch_size"], **stopping,
-            **({"scheduler": {"type": said["schedule"], "params": {}}} if said["schedule"] else {}), "device": said["device"],
-            "seed": said["seed"], **({} if said["shuffle"] else {"shuffle": False}), "metrics": said["metrics"], **more}
+            **({"scheduler": {"type": said["schedule"], "params": said.get("schedule_params", {})}} if said["schedule"] else {}),
+            "device": said["device"], "seed": said["seed"], **({} if said["shuffle"] else {"shuffle": False}),
+            "metrics": said["metrics"], **more}
 
 def preprocessing_of(
     choices: Choices,
@@ -69,13 +70,17 @@ def draw_up(
     losses: dict[str, str],  # target -> loss
 ) -> dict[str, Any]:
     """The whole graph as plain maps and lists."""
-    inputs, columns = inputs_of(choices.profile, choices["features"])
+    inputs, columns = inputs_of(choices.profile, choices["features"], "pretrained" in choices.reasons)
     weights = choices["loss_weights"] if "loss_weights" in choices.reasons else [1.0] * len(kinds)
     goals = [Goal(name, kind, losses[name], choices.profile.columns[name].distinct if kind == "multi-class" else 2, w) for (name, kind),
              w in zip(kinds.items(), weights)]
     style = Style(choices["layers"], choices["activation"], choices["dropout"], choices["normalisation"])
     own = {what: choices[what] for what in ("crosses", "experts", "heads", "blocks") if what in choices.reasons}
     written = network(choices["architecture"], inputs, style, goals, **own)
+    told = choices["loss_params"] if "loss_params" in choices.reasons else {}
+    for loss in written["losses"]:
+        mine = {k: v for k, v in told.items() if loss["type"] == f"torch.nn.{OWN[k]}"}
+        if mine: loss["params"] = mine
     written["trainer"] = trainer_of(choices, written.pop("losses"))
     return {"data_table": choices.profile.name, **written, "preprocessing": preprocessing_of(choices, columns)}
 
@@ -98,6 +103,9 @@ def idle(
              there in held.items() if not there and choices.reasons[what].source == "words"]
     if choices["class_weights"] and "multi-class" not in str(choices["output"]) and choices["task"] == "regression": lines.append(
         f"{choices.reasons['class_weights'].because} has no effect: a quantity has no classes")
+    if "pretrained" in choices.reasons and all(p["kind"] != "category" for p in inputs_of(choices.profile, choices["features"], True)[1]
+                                               .values()):
+        lines.append(f"{choices.reasons['pretrained'].because} has no effect: no column holds categories")
     if choices["drop_duplicates"] and not choices.profile.duplicates: lines.append("no row equals an earlier one: there are no "
                                                                                    "duplicates to drop")
     return lines
@@ -106,7 +114,8 @@ def idle(
 TOGETHER = [{"layer", "sizes", "count", "width", "size", "blocks"}, {"early_stopping", "patience"}, {"loss", "output"},
             {"split", "valid_share", "test_share"}, {"split_by", "split_column"},
             # said anew together
-            {"task", "classes", "several", "target"}, {"processes", "distributed"}, {"only", "all"}, {"l1", "l1l2"}, {"l2", "l1l2"}]
+            {"task", "classes", "several", "target"}, {"processes", "distributed"}, {"only", "all"}, {"l1", "l1l2"}, {"l2", "l1l2"},
+            {"schedule", "warmup"}, {"loss", "delta", "label_smoothing", "pos_weight"}, {"optimizer", "betas", "eps"}]
 
 def revised(
     old: Reading,
@@ -119,7 +128,7 @@ def revised(
         if fresh & group: fresh |= group
     back = {name for s in new.said if s.what == "only" for name in s.value}
     kept = [s for s in old.said if (not back & set(s.value) if s.what == "without" else s.what not in fresh)]
-    return Reading(new.text, [*kept, *new.said], new.spoken or (None if "target" in fresh else old.spoken))
+    return Reading(new.text, [*kept, *new.said], new.spoken or (None if "target" in fresh else old.spoken), {**old.slips, **new.slips})
 
 def _read_all(instruction: str, revisions: tuple[str, ...], profile: Profile) -> tuple[Reading, list[str]]:
     reading = read(instruction, profile)
@@ -271,7 +280,7 @@ def make_plan(
     kinds, losses = _decide(choices, given, tells if associations is not None else None)
     _name(choices, name)
     written = draw_up(choices, kinds, losses)
-    choices.flags += idle(choices, written)
+    choices.flags += [f"“{typed}” is read as “{meant}”" for typed, meant in reading.slips.items()] + idle(choices, written)
     id = _id(instruction, revisions, given, name, _plain_profile(profile), leaks)
     said = "\n".join([instruction, *revisions]).strip()
     head = {"name": choices["name"], "plan_id": id, **({"description": said} if said else {})}

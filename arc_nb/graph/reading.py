@@ -54,6 +54,17 @@ LAYERS = [
 
 # %% ../../nbs/graph/62b_reading.ipynb #70e41bd6
 LAYERS += [
+    Rule("sizes", rf"{_COUNT}\s*,?\s*(?:starting|beginning)\s+(?:at|with|from)\s+({INT})\s*(?:{_UNITS})?\s*,?\s*(?:and\s+|then\s+)?"
+         rf"halv(?:ing|ed)(?:\s+(?:each|every)\s+(?:time|layer))?",
+         lambda m: [max(1, int(number_of(m[2])) >> k) for k in range(int(number_of(m[1])))]),
+    Rule("sizes", rf"\b(?:one|an?|1)\s+{_KIND}layer\s+(?:of|with)\s+({INT})\s*(?:{_UNITS})?\s*,?\s*(?:followed by|and(?: then)?|then)\s+"
+         rf"(?:another|one|a second)(?:\s+one)?(?:\s+{_KIND}layer)?\s+(?:of|with)\s+({INT})(?:\s*{_UNITS})?\b",
+         lambda m: [int(number_of(m[1])), int(number_of(m[2]))]),
+    Rule("sizes", rf"(?<![\w.])(\d+(?: *> *\d+)+)\s*(?:{_UNITS}|(?:hidden\s+)?layers)\b", lambda m: listed(m[1])),
+    Rule("sizes", rf"\b(\d+)\s?x\s?(\d+)(?=\s+(?:{_ACT})\s+(?:network|net|mlp)\b)", lambda m: [int(m[2])] * int(m[1]))]
+
+# %% ../../nbs/graph/62b_reading.ipynb #ad63a844
+LAYERS += [
     Rule("sizes", rf"{_COUNT}\s+(?:mlp|network|net|perceptron|nn|dnn|model)\s*[:=]?\s*(?:with|of)?\s*({LIST})", _counted),
     Rule("sizes", rf"{_COUNT}{_HOLD}({LIST})(?:\s*{_UNITS})?(?:\s+(?:each|respectively))?", _counted),
     Rule("sizes", rf"{_COUNT}{_HOLD}({INT})\s*(?:{_UNITS}(?:\s+(?:each|per layer|in each(?: layer)?))?|each)\b", _each),
@@ -108,7 +119,7 @@ BETWEEN = [
          r"\b(?:a\s+|final\s+)*(sigmoid|softmax)\s+(?:output|head|at the end|final layer|output layer)(?:\s+layer|\s+activation)?\b",
          lambda m: (None, m[1])),
     Rule("dropout",
-         rf"\bdrop-?outs?(?:\s+(?:rates?|probabilit(?:y|ies)|layers?))?{SEP}((?:[\[(]\s*)?{NUMBER}(?!\d)(?:\s*(?:,\s*and|,|and)"
+         rf"\bdrop-?outs?(?:\s+(?:rates?|probabilit(?:y|ies)|layers?))?{SEP}((?:[\[(]\s*)?{NUMBER}(?!\d)(?:\s*(?:,\s*and|,|and|/(?=\s*0?\.\d)|->|=>)"
          rf"\s*{NUMBER}(?![\d.])(?!\s*(?:epochs|layers|hidden|neurons|units|rows|gpus)|[\s-]*\w+\s+(?:epochs|layers)))+(?:\s*[\])])?)",
          _dropouts, allowed=(0, 0.99)),
 ]
@@ -149,7 +160,17 @@ NETWORK = BETWEEN[:4] + LAYERS + BETWEEN[4:] + ARCHITECTURES
 
 # %% ../../nbs/graph/62b_reading.ipynb #d746990c
 _PART = {"train": r"(?:for )?train(?:ing)?", "valid": r"(?:for )?val(?:id(?:ation)?)?", "test": r"(?:for )?(?:test(?:ing)?|hold-?out)"}
+_PARTS = r"train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?|hold-?out"
 _PER = r"\d+(?:\.\d+)?\s?(?:%|percent)?"
+_THREE = (rf"(?<![\d.]){_PER}\s+(?:for\s+)?(?:{_PARTS})(?:[\s,;/&+-]+(?:and\s+)?{_PER}\s+(?:for\s+)?(?:{_PARTS})){{2}}\b"
+          r"(?:\s+split)?")
+def _named_shares(m: re.Match[str]) -> Any:
+    """Three shares, each before its part, in any order."""
+    told = {part[:2]: float(n) for n, part in re.findall(rf"(\d+(?:\.\d+)?)\s?(?:%|percent)?\s+(?:for\s+)?({_PARTS})", m[0])}
+    if set(told) - {"tr", "va", "te", "ho"} or len(told) != 3: return NOTHING
+    if not min(abs(sum(told.values()) - t) for t in (1, 100)) < 0.01: return NOTHING
+    return tuple(round(v / sum(told.values()), 6) for v in (told["tr"], told["va"], told["te" if "te" in told else "ho"]))
+
 def _shares(m: re.Match[str]) -> Any:
     """Training, validation and test; two shares are training and what judges: half of it for validation, where the words don't say."""
     parts = [float(g) for g in re.findall(r"\d+(?:\.\d+)?", m[0])][:3]
@@ -167,6 +188,7 @@ _TRAILED = (rf"\b({_PER})\s+{_PART['train']}(?:\s+data)?[\s,;/&-]*(?:and\s+)?({_
             rf"\s+{_PART['test']})?")
 _ROWS = r"(?:\s+of\s+(?:the|my|our|all)?\s*(?:data(?:set)?|rows|table|samples|records))"
 SPLITS = [
+    Rule("split", _THREE, _named_shares),
     Rule("split", r"\btrain(?:ing)?\s*/\s*val(?:id|idation)?\s*/\s*test(?:ing)?(?:\s+split)?\s*(?:[:=]|of|is)?\s*\d+\s*/\s*\d+\s*/\s*\d+",
          _shares),
     Rule("split",

@@ -9,11 +9,11 @@ __all__ = ['TASKS', 'exact_targets', 'spoken_target', 'Reading', 'read', 'doubte
 
 # %% ../../nbs/graph/62cb_sentences.ipynb #667f2b52
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from .columns import ARTICLES, match, named, spelled
-from .phrases import HARDWARE, INT, SCORES, STEPS, STOPPING, Rule, Said, clause, follow, follow_all, mood
+from .phrases import COURSES, HARDWARE, INT, SCORES, STEPS, STOPPING, Rule, Said, clause, follow, follow_all, mood
 from .reading import NETWORK, ROWS
-from .words import LITTLE, Text, number_of
+from .words import KEYWORDS, LITTLE, Text, alike, number_of, rest, slipped, stems
 from ..tables.profile import Profile
 
 # %% ../../nbs/graph/62cb_sentences.ipynb #22c94db4
@@ -53,6 +53,15 @@ _STOP = (r"(?=\s+(?:with|using|from|based|given|by|for|on|in|into|via|per|as|tha
 
 def _items(one: str) -> str: return rf"{one}{_TAIL}(?:{_JOIN}{one}{_TAIL})*"
 
+_GONE = (r"(?:(?:(?:is|are|being)\s+)?(?:left\s+out|excluded|ignored|removed|dropped|omitted)\b|"
+         r"(?:must|should|may|can|shall|is|are)\s*(?:not|never|n't)\s+(?:to\s+)?(?:be\s+)?(?:used|included|known|available|allowed|seen|"
+         r"an?\s+(?:input|feature)|inputs|features)(?:\s+(?:beforehand|in advance|as\s+(?:an?\s+)?(?:inputs?|features?)))?\b)")
+
+def _before_gone(text: Text, start: int, end: int) -> int:
+    """Where targets end, if the last names of their list belong to what follows: "click, time_spent is not known"."""
+    comma = text.low.find(",", start, end)
+    return comma if comma > 0 and re.match(rf"\s+{_GONE}", text.low[end:]) else end
+
 def _free(text: Text, m: re.Match[str]) -> bool: return text.free(m.start("it"), m.end("it"))
 
 # %% ../../nbs/graph/62cb_sentences.ipynb #308e9ab9
@@ -69,14 +78,16 @@ def exact_targets(
               rf"variable))?", rf"{it}{_AFTER}", rf"\btarget\s+(?:column\s+)?{it}",
               rf"{it}\s+(?:must|should|has\s+to|have\s+to|is\s+to|are\s+to|needs?\s+to)\s+be\s+predicted\b",
               rf"\bmodel(?:l?ing)?\s+(?:the\s+)?{it}(?=\s+(?:as|from|with|using|given)\b|\s*[.,;\n]|\s*$)",
-              rf"\bfor\s+(?:the\s+|both\s+)?{it}(?!\w)"]
+              rf"\bfor\s+(?:the\s+|both\s+)?{it}(?!\w)", rf"{it}(?=\s+(?:together|jointly|simultaneously|at the same time|at once)\b)"]
     for place in places:
         for m in re.finditer(place, text.low):
             if not _free(text, m): continue
             how, start, end = mood(text, *m.span())
             if how != "yes": text.refuse(min(start, m.start()), end); continue
-            found = [named(n[1], names) for n in re.finditer(one, m["it"])]
-            text.take(*m.span("it"))
+            first, last = m.start("it"), _before_gone(text, *m.span("it"))
+            found = [named(n[1], names) for n in re.finditer(one, text.low[first:last])]
+            text.take(first, last)
+            if last < m.end("it"): return [Said("target", name, text.typed(first, last), m.start(), last) for name in dict.fromkeys(found)]
             weights = [Said("weight", (named(n[1], names), float(n[2])), text.typed(*m.span("it")),
                             *m.span("it")) for n in re.finditer(rf"{one}(?:\s+probability)?{_WEIGHT}", m["it"])]
             return [Said("target", name, text.typed(*m.span("it")), *m.span()) for name in dict.fromkeys(found)] + weights
@@ -121,14 +132,26 @@ def _split_columns(text: Text, one: str, names: list[str]) -> list[Said]:
     return found
 
 # %% ../../nbs/graph/62cb_sentences.ipynb #b60330b6
+def _columns_of(said: str, one: str, names: list[str]) -> list[str]:
+    """The columns of a list, in which "x1..x5" are all from one to the other as they stand in the table; [] where these are none."""
+    found: list[str] = []
+    for n in re.finditer(rf"{one}(?:\s*(?:\.{{2,3}}|…|\bto\b|\bthrough\b)\s*{one})?", said):
+        first, last = (names.index(named(g, names)) if g else -1 for g in n.groups())
+        if 0 <= last < first: return []
+        found += names[first:max(first, last) + 1]
+    return list(dict.fromkeys(found))
+
 def _feature_lists(text: Text, one: str, names: list[str]) -> list[Said]:
-    some = f"(?P<it>{_items(spelled(names, '(?:'))})"
-    leave = (rf"\b(?:ignor(?:e|es|ing)|exclud(?:e|es|ing)|without|leav(?:e|ing)\s+out|never\s+us(?:e|ing)|(?:everything|"
+    plain = spelled(names, "(?:")
+    reach = rf"{plain}(?:\s*(?:\.{{2,3}}|…|\bto\b|\bthrough\b)\s*{plain})?"
+    some = f"(?P<it>{_items(reach)})"
+    either = rf"(?P<it>{plain}(?:(?:{_JOIN}|\s*,?\s*n?or\s+(?:the\s+)?){plain})*)"
+    leave = (rf"\b(?:ignor(?:e|es|ing)|exclud(?:e|es|ing)|without(?:\s+using)?|w/o(?:\s+using)?|"
+             rf"not\s+(?:from|by|with)|neither(?:\s+from)?|leav(?:e|ing)\s+out|never\s+us(?:e|ing)|(?:everything|"
              rf"all(?:\s+(?:columns|features))?)\s+(?:but|except(?:\s+for)?|besides)|drop(?:ping)?|remov(?:e|ing)|except(?:\s+for)?|"
              rf"do\s+not\s+use|don't\s+use|not\s+using|omit(?:ting)?|skip(?:ping)?)\s+(?:the\s+)?(?:columns?\s+|features?\s+|"
-             rf"variables?\s+)?{some}(?:\s+(?:columns?|features?))?")
-    gone = (rf"\b(?:with\s+|and\s+)?(?:the\s+)?{some}(?:\s+(?:columns?|features?))?\s+(?:(?:is|are|being)\s+)?(?:left\s+out|excluded|"
-            rf"ignored|removed|dropped|omitted)\b")
+             rf"variables?\s+)?{either}(?:\s+(?:columns?|features?))?")
+    gone = (rf"\b(?:with\s+|and\s+)?(?:the\s+)?{some}(?:\s+(?:columns?|features?))?\s+(?:{_GONE})")
     aside = rf"\bleav(?:e|ing)\s+(?:the\s+)?{some}\s+(?:columns?\s+)?(?:aside|out)\b"
     are = rf"(?<!\w){some}\s+(?:are|is|as)\s+(?:the\s+|my\s+)?(?:inputs?|features?|predictors?)\b"
     only = (rf"(?:\b|(?<=\s)(?=~))(?:us(?:e|ing)|from|with|based\s+on|given|on|~|as\s+an?\s+function\s+of|(?:features?|inputs?|"
@@ -138,7 +161,8 @@ def _feature_lists(text: Text, one: str, names: list[str]) -> list[Said]:
     for what, pattern in (("without", leave), ("without", gone), ("without", aside), ("only", are), ("only", only)):
         for m in text.find(pattern):
             if what == "only" and mood(text, *m.span())[0] != "yes": text.refuse(mood(text, *m.span())[1], m.end()); continue
-            columns = list(dict.fromkeys(named(n[1], names) for n in re.finditer(one, m["it"])))
+            columns = _columns_of(m["it"], one, names)
+            if not columns: text.refuse(*m.span()); continue
             found.append(Said(what, columns, text.take(*m.span()), *m.span()))
     for m in text.find(r"\b(?:from|using|with)\s+(?:everything else|all (?:the )?other (?:columns|features|variables)|the (?:rest|other "
                        r"columns)|all (?:the )?(?:columns|features))\b"):
@@ -163,6 +187,7 @@ class Reading:
     text: Text
     said: list[Said]
     spoken: tuple[str, int, int] | None = None  # what is to be predicted, if that is no column's name
+    slips: dict[str, str] = field(default_factory=dict)  # words as typed, and as they were read
 
     def values(self, what: str) -> list[Said]:
         """All that was said of a setting, in the order of the text."""
@@ -172,14 +197,29 @@ def read(
     instruction: str,
     profile: Profile,
 ) -> Reading:
-    """What the words say about a table."""
+    """What the words say about a table; slips of the finger are mended, where only one word can be meant."""
+    found = _read(instruction, profile)
+    if slips := _slips(found, list(profile.columns)):
+        for typed, meant in slips.items(): instruction = re.sub(rf"(?<!\w){typed}(?!\w)", meant, instruction, flags=re.I)
+        found = _read(instruction, profile)
+        found.slips = slips
+    return found
+
+def _slips(reading: Reading, names: list[str]) -> dict[str, str]:
+    """Words that nobody has read, and the one word each that they are a slip of."""
+    said = " ".join(rest(reading.text)) + (" " + reading.spoken[0] if reading.spoken and not match(reading.spoken[0], names) else "")
+    known = {*KEYWORDS, *(w for name in names for w in re.findall(r"[^\W\d_]{5,}", name.lower()))}
+    near = {typed: [k for k in known if slipped(typed, k)] for typed in set(re.findall(r"[a-z]{5,}", said.lower())) - known - LITTLE}
+    return {typed: found[0] for typed, found in sorted(near.items()) if len(found) == 1}
+
+def _read(instruction: str, profile: Profile) -> Reading:
     text, names = Text(instruction), list(profile.columns)
     one = spelled(names)
     said = _table(text, profile.name)
     said += follow(Rule("sizes", r"\b(?:just\s+|a\s+|plain\s+)*(?:logistic|linear|softmax)\s+(?:regression|model|classifier)\b", []), text)
     said += exact_targets(text, names)
     said += _split_columns(text, one, names) + _feature_lists(text, one, names)
-    said += follow_all(STOPPING + NETWORK + STEPS + SCORES + HARDWARE + ROWS, text)
+    said += follow_all(COURSES + STOPPING + NETWORK + STEPS + SCORES + HARDWARE + ROWS, text)
     said += follow_all(TASKS, text)
     for s in said:
         if s.what == "target": text.take(s.start, s.end)
@@ -187,13 +227,24 @@ def read(
     reading = Reading(text, said)
     if not reading.values("target"): reading.spoken = spoken_target(text)
     if reading.spoken: reading.spoken = _shortened(text, reading.spoken, names)
-    if reading.spoken: text.take(*reading.spoken[1:])
+    if reading.spoken: _changed(text, reading.spoken, names)
     _between(text, said)
     reading.said = doubted(text, said)
     for m in text.find(r"\([^()]*\)|\b[\w-]+(?:/[\w-]+)+\b"): _classes(text, m, profile, reading)
     return reading
 
 # %% ../../nbs/graph/62cb_sentences.ipynb #e70227ba
+_CHANGES = set("log logarithm ln log1p sqrt square squared root inverse reciprocal change changes difference ratio percentage growth "
+               "increase decrease rank average mean median total sum maximum minimum cumulative relative".split())
+
+def _changed(text: Text, spoken: tuple[str, int, int], names: list[str]) -> None:
+    """Ticks the phrase off, but for words that ask for something else than the column itself: "log price"."""
+    meant, (_, start, end) = match(spoken[0], names), spoken
+    text.take(start, end)
+    for w in re.finditer(r"[a-z]\w*", text.low[start:end]):
+        if meant and w[0] in _CHANGES and not any(alike(w[0], s) for name in meant for s in stems(name)):
+            text.refuse(start + w.start(), start + w.end())
+
 def _shortened(text: Text, spoken: tuple[str, int, int], names: list[str]) -> tuple[str, int, int]:
     """The phrase without the words at its end that keep it from meaning a column: "price soon" is the price, and "soon" is left over."""
     phrase, start, end = spoken
