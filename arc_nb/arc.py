@@ -11,6 +11,7 @@ __all__ = ['TRIED', 'COLUMNS', 'RENAMED', 'Modelling', 'tell', 'evaluations', 's
 # %% ../nbs/90d_arc.ipynb #199c18ae
 import json
 import math
+import shutil
 import threading
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -95,14 +96,31 @@ class Modelling(Choosing):
             if not report.success: raise ModelError(str(report))
             older = graph.trainer.pretrained_embeddings if graph.trainer else None
             pretrained = str(self.registry.find(older)) if older else None
-        with blame(DataError): snapshot = self.store.snapshot(table, self.home / "snapshots" / f"{uuid.uuid4().hex}.parquet")
-        text = graph.to_yaml()
+        with blame(DataError): snapshot = self.store.snapshot(table, self._snapshot())
+        return self._submit(name, graph.to_yaml(), snapshot, tensorboard, pretrained=pretrained)
+
+    def _snapshot(self) -> Path: return self.home / "snapshots" / f"{uuid.uuid4().hex}.parquet"
+
+    def _submit(self, name: str, text: str, snapshot: Path, tensorboard: bool, **more: Any) -> Job:
         layers = {layer: made for layer, made in custom_layers().items() if f"custom.{layer}" in text}
         job = self.queue.submit("train_model", name, train_job, {
-            "home": str(self.home), "graph": text, "snapshot": str(snapshot), "pretrained": pretrained, "tensorboard": tensorboard,
-            "layers": layers})
+            "home": str(self.home), "graph": text, "snapshot": str(snapshot), "tensorboard": tensorboard, "layers": layers, **more})
         if tensorboard: threading.Thread(target=self.tensorboard, daemon=True).start()  # it takes seconds, and nobody need wait for it
         return job
+
+    def resume(
+        self,
+        id: str,  # of a job that failed, was lost or was cancelled
+        tensorboard: bool = True,
+    ) -> Job:
+        """Goes on in a new job, on the same rows, from the newest good checkpoint. ConfigError where there is nothing to go on with."""
+        old = self.job(id)
+        if old.status not in ("failed", "cancelled"): raise ConfigError(f"job {old.id} is {old.status}: only one that broke off goes on")
+        graph, table = old.folder / "arc_graph.yaml", old.folder / "table.parquet"
+        if not graph.is_file() or not table.is_file(): raise ConfigError(f"the job {old.id} ended before its training began: start it anew")
+        snapshot = self._snapshot()
+        shutil.copyfile(table, snapshot)
+        return self._submit(old.name, graph.read_text(encoding="utf-8"), snapshot, tensorboard, after=str(old.folder))
 
     def tensorboard(self) -> "Server":
         """TensorBoard over all jobs, on this machine only, started if need be. RuntimeError where it cannot start."""

@@ -7,8 +7,8 @@ Docs: https://arc-nb.github.io/arc_nb/commands.html.md"""
 # %% auto #0
 __all__ = ['Name', 'Table', 'Words', 'Target', 'Id', 'app', 'ml', 'jobs', 'WHOLE', 'CURLY', 'Desk', 'as_text', 'load', 'tables',
            'describe', 'sql', 'pipeline', 'plan', 'revise_plan', 'model', 'announce', 'follow', 'evaluate', 'predict',
-           'models', 'jobs_list', 'jobs_status', 'jobs_logs', 'jobs_cancel', 'ask', 'tensorboard', 'config', 'help_',
-           'arguments', 'command', 'run', 'is_group', 'usage']
+           'models', 'jobs_list', 'jobs_status', 'jobs_logs', 'jobs_resume', 'jobs_cancel', 'ask', 'tensorboard',
+           'config', 'help_', 'arguments', 'command', 'run', 'is_group', 'usage']
 
 # %% ../nbs/91_commands.ipynb #1a748188
 import shlex
@@ -214,6 +214,12 @@ def jobs_logs(
     if not follow: print(found.log(lines))
     else:
         for line in found.follow(): print(line, flush=True)
+
+@jobs.command("resume")
+def jobs_resume(context: Context, job: Id) -> None:
+    """Goes on with a job that failed, was lost or was cancelled, from its newest checkpoint."""
+    desk, started = context.obj, _arc(context).resume(job)
+    (follow if desk.waits else announce)(desk, started)
 
 @jobs.command("cancel")
 def jobs_cancel(context: Context, job: Id) -> None:

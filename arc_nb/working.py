@@ -9,6 +9,7 @@ __all__ = ['SLOTS', 'train_job', 'told', 'published']
 
 # %% ../nbs/90c_working.ipynb #6a4cef01
 import os
+import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -37,16 +38,20 @@ def train_job(
     pretrained: str | None = None,  # the folder of a model whose embeddings are taken over
     tensorboard: bool = True,
     layers: Mapping[str, type[nn.Module]] | None = None,  # people's own, by name
+    after: str | None = None,  # the folder of a job that broke off: on from its newest checkpoint
 ) -> dict[str, Any]:
     """Trains on the snapshot and publishes the model's next version: its id, its folder and the numbers of its best epoch."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // SLOTS))  # threads that wait for a core cost more than they bring
     table = Path(snapshot).rename(job.folder / "table.parquet")
     for name, layer in (layers or {}).items(): register_layer(name, layer)
+    (job.folder / "arc_graph.yaml").write_text(graph, encoding="utf-8")
+    if after and (Path(after) / "run").is_dir(): shutil.copytree(Path(after) / "run", job.run)
     chosen = Graph.from_yaml(graph)
     with Models(home).begin(str(chosen.name)) as draft, leased(home) if tensorboard else nullcontext():
         track = [TensorBoard(Path(home) / "tensorboard" / draft.id, settings=told(chosen))] if tensorboard else []
-        model = train(chosen, table, draft.folder, run=job.run, callbacks=[job.listener()], track=track, board=False, pretrained=pretrained)
-        return {} if job.cancelled() else published(draft, model, job)
+        model = train(chosen, table, draft.folder, run=job.run, callbacks=[job.listener()], track=track, board=False,
+                      pretrained=pretrained, resume=bool(after))
+        return {} if job.cancelled(now=True) else published(draft, model, job)
 
 def told(
     graph: Graph,

@@ -205,6 +205,13 @@ def test_a_cancelled_job_stops_and_publishes_nothing(arc):
     job.cancel().wait()
     assert job.status == "cancelled" and (job.run / "checkpoints").is_dir() and len(job.history().epochs()) >= 1
     with pytest.raises(ModelError): arc.open("long")
+    last = len(job.history().epochs())
+    again = arc.resume(job.id, tensorboard=False)  # on from there, in a job of its own
+    while not again.metrics: pass
+    again.cancel().wait()
+    epochs = again.history().epochs().epoch.tolist()
+    assert epochs == list(range(1, len(epochs) + 1)) and len(epochs) > last and len(job.history().epochs()) == last
+    with pytest.raises(ConfigError, match="no job"): arc.resume("nobody")
 
 
 # --- what cannot be
@@ -239,7 +246,8 @@ def shell(home: Path, *words: str) -> subprocess.CompletedProcess:
     "arc-nb in a process of its own."
     code = "import sys; from arc_nb.cli import main; sys.exit(main())"
     environment = os.environ | {"ARC_NB_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", code, *words], capture_output=True, text=True, env=environment, timeout=300)
+    command = [sys.executable, "-W", "ignore", "-c", code, *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
 def test_a_terminal_has_exit_codes(tmp_path):

@@ -57,7 +57,7 @@ class Draft:
     """A version that is being written."""
     def __init__(
         self,
-        models: "Models",
+        models: Any,  # the Models that it is to be one of
         name: str,
         version: int,
     ):

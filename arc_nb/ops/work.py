@@ -115,9 +115,12 @@ class Work(Voice):
     """A job, as its own function sees it."""
     def __repr__(self) -> str: return f"Work({self.id!r})"
 
-    def cancelled(self) -> bool:
+    def cancelled(
+        self,
+        now: bool = False,  # ask the database at this moment, and not what was known half a second ago
+    ) -> bool:
         """Whether somebody has asked for its end; a Trainer on `job.run` is stopped by itself."""
-        if self._alone and not self._asked: self._asked = _cancel_of(self.store, self.id) is not None
+        if (self._alone or now) and not self._asked: self._asked = _cancel_of(self.store, self.id) is not None
         return self._asked
 
     def listener(self) -> Callback:
