@@ -253,3 +253,38 @@ def test_reading_imports_nothing_heavy():
             "print([m for m in ('duckdb', 'plotly', 'sklearn', 'pandas') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code, str(DATA / "a.yaml")], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]", done.stdout
+
+
+def told(more, rows):
+    """A small graph with more lines, and the profile of a table that it is for."""
+    import pandas as pd
+
+    from arc_nb.tables.profile import profile_frame
+    graph = Graph.from_yaml("""
+inputs: {x: {dtype: float32, shape: [null, 1], columns: [a]}}
+graph:
+  - {name: o, type: torch.nn.Linear, params: {in_features: 1, out_features: 1}, inputs: {input: x}}
+outputs: {logits: o.output}
+trainer: {loss: torch.nn.BCEWithLogitsLoss, target: y}
+""" + more)
+    return graph, profile_frame(pd.DataFrame(rows))
+
+
+def test_an_evaluator_says_what_it_does_not_do():
+    graph, profile = told("evaluator: {metrics: [auc], dataset: other, version: 3, target_column: y}\n", {"a": [1., 2, 3], "y": [0, 1, 0]})
+    with pytest.warns(UserWarning) as heard: graph.check(profile)
+    assert {str(w.message).split(":")[0] for w in heard} == {"evaluator.dataset", "evaluator.version", "evaluator.target_column"}
+
+
+def test_a_column_that_splits_says_so_in_its_words():
+    rows = {"a": [1., 2, 3], "y": [0, 1, 0], "part": ["train", "Val ", "later"]}
+    graph, profile = told("preprocessing: {split: {by: column, column: part}}\n", rows)
+    found, = faults(graph, profile)
+    assert found.startswith("line 7, preprocessing.split.column: 'part' says 'later', and may say train")
+    graph, profile = told("preprocessing: {split: {by: column, column: part}}\n", rows | {"part": ["train", "Val ", "TEST"]})
+    assert not faults(graph, profile)
+
+
+def test_a_binary_loss_on_a_quantity_is_told_of_both_ways():
+    graph, profile = told("", {"a": [1., 2, 3], "y": [.5, 1.5, 2.5]})
+    assert "MSELoss for quantities" in faults(graph, profile)[0]

@@ -21,7 +21,7 @@ from arc_nb.tasks.tabular.columns import encode, learn
 from arc_nb.tasks.tabular.model import TabularModel
 from arc_nb.tasks.tabular.predicting import answers
 from arc_nb.tasks.tabular.preparing import Preparation
-from arc_nb.tasks.tabular.recipe import IDLE, recipe
+from arc_nb.tasks.tabular.recipe import IDLE, paired, recipe
 from arc_nb.tasks.tabular.rows import Rows, load_parts
 from arc_nb.tasks.tabular.source import open_source
 from arc_nb.tasks.tabular.splitting import rows_of
@@ -543,3 +543,24 @@ def test_time_is_no_alphabet():
     assert parts["train"].max() < parts["valid"].min() and parts["valid"].max() < parts["test"].min()
     with pytest.raises(ValueError, match="'ward', row 0: 'a' is no date"):
         rows_of(Split(by="time", column="ward"), pd.DataFrame({"ward": ["a", "b"] * 20, "y": 1}))
+
+
+def test_batch_normalisation_never_meets_one_row(tmp_path):
+    table = small({"x": lambda g, n: g.normal(size=n)}, rows=140)
+    bare = plain_graph({"x": {"kind": "number", "size": 1}}, ", batch_size: 97").to_yaml()
+    normed = Graph.from_yaml(bare.replace("graph:\n", "graph:\n  - {name: norm, type: torch.nn.BatchNorm1d, params: {num_features: 1}, "
+                                          "inputs: {input: features}}\n", 1).replace("input: features\noutputs", "input: norm\noutputs"))
+    with pytest.warns(UserWarning, match="batch_size=97 would leave the last of 98 rows alone.*: 98 is taken"):
+        model = train(normed, table, tmp_path, board=False, verbose=False)
+    assert model.metadata["status"] == "completed"
+    assert paired(torch.nn.Linear(1, 1), 98, 97) == 97 and paired(torch.nn.BatchNorm1d(1), 1, 1) == 1
+    with pytest.warns(UserWarning): assert [paired(torch.nn.BatchNorm1d(1), n, 2) for n in (3, 5, 7)] == [3, 3, 4]
+
+
+def test_a_rehearsal_says_what_has_no_effect():
+    table = small({"x": lambda g, n: g.normal(size=n)})
+    graph = plain_graph({"x": {"kind": "number", "size": 1}}, ", num_workers: 4")
+    with pytest.warns(UserWarning, match="num_workers=4 has no effect"): assert rehearse(graph, table).success
+    table.loc[7, "x"] = np.inf
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="row 7: inf is infinite.*among the 60 that were tried"):
+        rehearse(graph, table)

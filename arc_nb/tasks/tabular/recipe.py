@@ -6,7 +6,8 @@ Docs: https://arc-nb.github.io/arc_nb/tasks/recipe.html.md"""
 
 # %% auto #0
 __all__ = ['IDLE', 'CHUNK', 'trainer_of', 'training_of', 'monitor_of', 'device_of', 'processes_of', 'precision_of', 'settings_of',
-           'listeners_of', 'network', 'outputs_for', 'Parts', 'changed', 'recipe', 'assembled', 'lean', 'first_of']
+           'listeners_of', 'network', 'outputs_for', 'Parts', 'changed', 'recipe', 'assembled', 'paired', 'lean',
+           'first_of']
 
 # %% ../../../nbs/tasks/71c_recipe.ipynb #c56ead94
 from collections.abc import Mapping, Sequence
@@ -210,6 +211,7 @@ def assembled(
     training, tensors, goals = training_of(graph), rows.tensors(), rows.preparation.goals
     settings = settings_of(training)
     module = network(graph, settings["seed"]) if module is None else module
+    settings["batch_size"] = paired(module, len(rows.parts["train"]), settings["batch_size"])
     like = outputs_for(module, {name: values[:2] for name, values in tensors["train"][0].items()})
     parts, named = Parts(rows, tensors, isinstance(like, Mapping)), isinstance(like, Mapping)
     specs = metric_specs(graph, goals, named)
@@ -218,6 +220,18 @@ def assembled(
     given = {"train": parts.data(graph, "train", like), "valid": parts.data(graph, "valid", like), "metrics": specs,
              "loss": loss_spec(graph, goals, tensors["train"][1], named), "train_metrics": {name: specs[name] for name in first_of(specs)}}
     return lean(Trainer(module, **{**given, **settings, **more, "callbacks": [*own, *callbacks], "run": run}))
+
+def paired(
+    module: nn.Module,
+    rows: int,  # for training
+    size: int,  # of a batch
+) -> int:
+    """The batch size, or with a warning the next one that leaves no row alone: batch normalisation cannot learn from one."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+    if rows < 2 or size < 2 or rows % size != 1 or not any(isinstance(part, _BatchNorm) for part in module.modules()): return size
+    other = next(larger for larger in range(size + 1, rows + 1) if rows % larger != 1)
+    warn(f"trainer: batch_size={size} would leave the last of {rows:,} rows alone, and batch normalisation needs two: {other} is taken")
+    return other
 
 CHUNK = 16 * 2**20  # bytes
 

@@ -29,7 +29,7 @@ from .losses import metric_specs
 from .model import TabularModel, forward, keep, read_out
 from .predicting import conformal
 from .preparing import Preparation
-from .recipe import assembled, changed, monitor_of, network, processes_of, trainer_of
+from .recipe import assembled, changed, monitor_of, network, processes_of, settings_of, trainer_of, training_of
 from .rows import Rows
 from .source import open_source
 from .targets import heads_of, in_units
@@ -179,13 +179,16 @@ def rehearse(
     source: Any,  # a DataFrame, or the path of a Parquet file
     rows: int = 256,  # that are prepared
 ) -> "Report":
-    """One batch the whole way; ValueError where the table's columns do not fit the graph."""
+    """One batch the whole way; ValueError where the table's columns do not fit the graph; a warning for what has no effect."""
     from arc_nb.graph.dryrun import dry_run
     table = open_source(source)
     told = np.ones(table.rows, bool)
     for head in heads_of(graph): told &= table.column(head.column).notna().to_numpy()
     some = np.flatnonzero(told)[:rows]
     if not len(some): raise ValueError(f"none of the {table.rows:,} rows has a target: there is nothing to learn")
-    preparation = Preparation.fit(graph, table, some)
+    settings_of(training_of(graph))
+    try: preparation = Preparation.fit(graph, table, some)
+    except ValueError as error: raise ValueError(f"{error}; rows are counted among the {table.rows:,} that were tried"
+                                                 if ", row " in str(error) else str(error)) from error
     batch = table.take([*preparation.columns, *preparation.goals], some[:trainer_of(graph).batch_size])
     return dry_run(graph, preparation.transform(batch), preparation.targets(batch))
