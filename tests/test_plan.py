@@ -203,8 +203,8 @@ def test_a_long_text_is_quick(profiles):
 
 
 def test_settings_of_losses_optimizers_and_schedules_are_trained_with(profiles):
-    plan = make_plan("predict price, Huber loss with delta=2, AdamW with betas (0.9, 0.95), plateau with factor 0.2 and patience 3, 30 epochs",
-                     profiles["housing_features"])
+    plan = make_plan("predict price, Huber loss with delta=2, AdamW with betas (0.9, 0.95), plateau with factor 0.2 and patience 3, "
+                     "30 epochs", profiles["housing_features"])
     t = plan.graph.trainer
     assert t.loss[0].params == {"delta": 2.0} and t.optimizer.params["betas"] == [0.9, 0.95] and t.early_stopping_patience is None
     assert (t.scheduler.type, t.scheduler.params) == ("plateau", {"factor": 0.2, "patience": 3})
@@ -225,7 +225,8 @@ def test_slips_of_the_finger_are_said(profiles):
 def test_an_output_layer_tells_the_target_where_one_column_fits():
     rng = np.random.default_rng(0)
     frame = pd.DataFrame(rng.normal(size=(300, 20)), columns=[f"m{k}" for k in range(20)]).assign(bought=rng.integers(0, 2, 300))
-    plan = make_plan("Build a model with:\n- Input layer with 20 features\n- Output layer: 1 neuron with sigmoid", profile_frame(frame, "t"))
+    said = "Build a model with:\n- Input layer with 20 features\n- Output layer: 1 neuron with sigmoid"
+    plan = make_plan(said, profile_frame(frame, "t"))
     assert plan.targets == {"bought": "binary"} and not plan.questions and plan.choices["loss"] == "BCELoss"
 
 
@@ -243,3 +244,15 @@ def test_odd_columns_are_flagged():
     plan = make_plan("predict y", profile_frame(frame, "t"))
     assert any("numbers written as text" in f for f in plan.flags) and any("again looks the same as x" in f for f in plan.flags)
     with pytest.raises(ValueError, match="only one value"): make_plan("predict same", profile_frame(frame, "t"))
+
+
+def test_plans_and_graphs_are_readable_in_a_terminal(profiles):
+    plan = make_plan("predict price, lr 0.1 or 0.2, 3 epochs and glitter", profiles["housing_features"])
+    text = str(plan)
+    assert "“glitter”" in text and "which learning rate" in text and "3 epochs" in text and len(text) < 4000 and len(repr(plan)) < 100
+    assert max(map(len, text.splitlines())) < 200 and "MSELoss (price), 3 epochs" in str(plan.graph)
+
+
+def test_a_wide_picture_fits_its_sheet(profiles):
+    plan = make_plan("MMOE model to predict both click and conversion", profiles["ad_events"])
+    assert "net fit" in plan._repr_html_() and ".fit svg{max-width:100%" in plan._repr_html_()

@@ -202,6 +202,12 @@ class Plan:
         from arc_nb.graph.sheet import sheet
         return sheet(self)
 
+    def __repr__(self) -> str: return f"Plan({self.id}: {self.task}, {', '.join(self.targets)} from {self.table})"
+
+    def __str__(self) -> str:
+        from arc_nb.graph.sheet import lines
+        return lines(self)
+
     def save(self, folder: str | Path) -> Path:
         """Written as `<id>.json` into a folder; its path."""
         return save_plan(self, folder)

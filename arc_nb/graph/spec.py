@@ -279,6 +279,10 @@ class Graph(Part):
 
     def _repr_html_(self) -> str: return self.picture()
 
+    def __str__(self) -> str:
+        from arc_nb.graph.picture import outline
+        return outline(self)
+
 # %% ../../nbs/graph/60_spec.ipynb #20e69140
 def _read(model: Marked, trainer: Marked | None) -> Graph:
     "A graph from what one or two files say."
