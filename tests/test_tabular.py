@@ -16,6 +16,7 @@ from arc_nb import Trainer
 from arc_nb.engine.callbacks import EarlyStopping
 from arc_nb.engine.keeping import Checkpoints
 from arc_nb.graph.spec import Graph, Prepared, Split, Training
+from arc_nb.tables.store import as_frame
 from arc_nb.tasks.tabular import source
 from arc_nb.tasks.tabular.columns import encode, learn
 from arc_nb.tasks.tabular.model import TabularModel
@@ -564,3 +565,26 @@ def test_a_rehearsal_says_what_has_no_effect():
     table.loc[7, "x"] = np.inf
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="row 7: inf is infinite.*among the 60 that were tried"):
         rehearse(graph, table)
+
+
+def test_dates_of_all_times(tmp_path):
+    days = ["0001-01-01", "1969-12-31", "9999-12-31", None]
+    with duckdb.connect() as connection: stored = as_frame(connection.execute("SELECT unnest(?)::DATE AS d", [days])).d
+    column = learn("d", Prepared(kind="date", size=6, flag=True), stored)
+    assert np.isfinite(encode(column, stored)).all() and encode(column, stored)[:, 5].tolist() == [0, 0, 0, 1]
+    assert np.allclose(encode(column, stored), encode(column, pd.Series(days)))
+    moment = pd.Series(pd.to_datetime(["2024-03-31 02:30+01:00", "2024-10-27 03:30+01:00"]).tz_convert("Europe/Rome"))
+    when = learn("t", Prepared(kind="date", size=7), moment)
+    for same in (moment.dt.tz_convert("UTC"), moment.dt.tz_convert(None), moment.astype(str)):
+        assert np.allclose(encode(when, moment), encode(when, same))
+    table = pd.DataFrame({"t": moment})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert source.digest(open_source(table), "t") == source.digest(open_source(parquet(table, tmp_path / "t.parquet")), "t")
+
+
+def test_classes_that_are_too_rare_to_be_shared_out():
+    with pytest.warns(UserWarning, match="no class of the target has three rows: the rows are drawn"):
+        rows_of(Split(), pd.DataFrame({"y": np.arange(20) // 2}), "y")
+    with pytest.warns(UserWarning, match="10 classes .* the rows for valid and test are fewer"):
+        rows_of(Split(), pd.DataFrame({"y": np.arange(40) // 4}), "y")

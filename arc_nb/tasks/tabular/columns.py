@@ -211,7 +211,8 @@ def days(
     left = (found.isna() & values.notna()).to_numpy()
     if left.any(): found[left] = pd.to_datetime(values[left], errors="coerce", utc=True, format="mixed")
     refuse(name, values, (found.isna() & values.notna()).to_numpy(), "is no date", start)
-    return ((found - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(days=1)).to_numpy(np.float64)
+    moments = found.dt.tz_localize(None).to_numpy("datetime64[us]")  # years 1 and 9999 are no nanoseconds
+    return np.where(np.isnat(moments), np.nan, moments.astype(np.int64) / 86_400e6)
 
 def learn_date(name: str, prepared: Prepared, values: "pd.Series", scale: str, missing: str) -> dict[str, Any]:
     """Middle and width of the time that the dates cover."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...tables.names import quoted, unknown
+from ...tables.store import as_frame
 
 # %% ../../../nbs/tasks/70b_source.ipynb #42874ca7
 if TYPE_CHECKING: import pandas as pd
@@ -65,7 +66,7 @@ def asked(
     import duckdb
     with duckdb.connect() as connection:
         for option, value in CONFIG.items(): connection.execute(f"SET {option}='{value}'")
-        try: return connection.execute(query, [str(path)]).df()
+        try: return as_frame(connection.execute(query, [str(path)]))
         except duckdb.Error as error: raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
 
 # %% ../../../nbs/tasks/70b_source.ipynb #3e55a895
@@ -105,6 +106,6 @@ def digest(
     sha = hashlib.sha256()
     if values.dtype.kind == "O" and pd.api.types.infer_dtype(values) == "boolean": values = values.astype("boolean")
     if values.dtype.kind in "biuf": sha.update(values.to_numpy(np.float64, na_value=np.nan).tobytes())
-    elif values.dtype.kind == "M": sha.update(values.to_numpy().astype("datetime64[us]").tobytes())
+    elif values.dtype.kind == "M": sha.update((values.dt.tz_convert(None) if values.dt.tz else values).to_numpy("datetime64[us]").tobytes())
     else: sha.update(pd.util.hash_pandas_object(values.astype(object).where(values.notna(), None), index=False).to_numpy().tobytes())
     return sha.hexdigest()

@@ -61,10 +61,11 @@ def _codes(classes: Any, sizes: dict[str, int]) -> np.ndarray | None:
     import pandas as pd
     codes = np.asarray(pd.factorize(np.asarray(classes, dtype=object), use_na_sentinel=False)[0])
     often = int((np.bincount(codes) >= 3).sum())
-    small = [part for part, size in sizes.items() if 0 < size < often]
+    small = " and ".join(part for part, size in sizes.items() if 0 < size < often)
     if not often or small:
-        warn(f"the target has {often} classes of three rows and more, and {', '.join(small) or 'no part'} has not so many rows: "
-             "the rows are drawn without looking at their classes")
+        why = f"the target has {often} classes of three rows and more, and the rows for {small} are fewer" if often else \
+            "no class of the target has three rows"
+        warn(f"{why}: the rows are drawn without looking at their classes")
         return None
     return codes
 
