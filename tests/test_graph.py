@@ -288,3 +288,32 @@ def test_a_column_that_splits_says_so_in_its_words():
 def test_a_binary_loss_on_a_quantity_is_told_of_both_ways():
     graph, profile = told("", {"a": [1., 2, 3], "y": [.5, 1.5, 2.5]})
     assert "MSELoss for quantities" in faults(graph, profile)[0]
+
+
+def test_sequences_that_would_mix_the_rows_are_told():
+    text = """
+inputs: {days: {dtype: float32, shape: [null, 7, 4]}}
+graph:
+  - {name: lstm, type: torch.nn.LSTM, params: {input_size: 4, hidden_size: 8}, inputs: {input: days}}
+  - {name: last, type: torch.select, params: {dim: 1, index: -1}, inputs: {input: lstm.output.0}}
+  - {name: head, type: torch.nn.Linear, params: {in_features: 8, out_features: 1}, inputs: {input: last.output}}
+outputs: {y: head.output}
+"""
+    with pytest.warns(UserWarning, match="batch_first: true"): Graph.from_yaml(text).check()
+    Graph.from_yaml(text.replace("hidden_size: 8", "hidden_size: 8, batch_first: true")).check()
+
+
+@pytest.mark.parametrize("old, new, said", [
+    ("shape: [null, 2]", "shape: [2]", r"set shape: \[null, 2\]"),
+    ("epochs: 3", "epochs: 3, early_stopping_monitor: val_f2", "is not measured"),
+    ("params: {pos_weight: 3}", "params: {posweight: 3}", "did you mean 'pos_weight'")])
+def test_mistakes_of_a_person_have_their_next_step(old, new, said):
+    text = """
+inputs: {features: {dtype: float32, shape: [null, 2], columns: [a, b]}}
+graph:
+  - {name: l, type: torch.nn.Linear, params: {in_features: 2, out_features: 1}, inputs: {input: features}}
+outputs: {logits: l.output}
+trainer: {optimizer: adam, loss: {type: bce_with_logits, target: y, params: {pos_weight: 3}}, epochs: 3}
+"""
+    assert Graph.from_yaml(text).check() is not None and "batches of 32" in str(Graph.from_yaml(text))
+    with pytest.raises(ValueError, match=said): Graph.from_yaml(text.replace(old, new)).check()
