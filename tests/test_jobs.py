@@ -137,7 +137,7 @@ def test_a_training_is_followed_cancelled_and_keeps_its_work(jobs):
     assert job.result["epochs"] >= 2 and job.message == "cancelled: what was done is kept"
     from arc_nb.engine.checkpoint import newest_good
     assert newest_good(job.run / "checkpoints")
-    with pytest.raises(ValueError, match="is cancelled and cannot become cancelled"): job.cancel()
+    with pytest.raises(ValueError, match="is cancelled and cannot become cancelled: it has ended"): job.cancel()
     assert job.show().source.name == "m" and "<svg" in job._repr_html_()
 
 

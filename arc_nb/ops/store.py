@@ -103,8 +103,9 @@ def move(
     row = db.execute("SELECT status FROM jobs WHERE id = ?", (id,)).fetchone()
     if row is None: raise ValueError(f"there is no job {id}")
     if status not in NEXT[row["status"]]:
-        follows = " or ".join(NEXT[row["status"]]) or "nothing"
-        raise ValueError(f"job {id} is {row['status']} and cannot become {status}: what can follow is {follows}")
+        follows = " or ".join(NEXT[row["status"]])
+        why = f"what can follow is {follows}" if follows else "it has ended"
+        raise ValueError(f"job {id} is {row['status']} and cannot become {status}: {why}")
     now = time.time()
     times = {"started": now} if status == "running" else {"ended": now} if status not in ACTIVE else {}
     write(db, id, status=status, **{**times, **columns})
