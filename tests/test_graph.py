@@ -306,6 +306,7 @@ outputs: {y: head.output}
 @pytest.mark.parametrize("old, new, said", [
     ("shape: [null, 2]", "shape: [2]", r"set shape: \[null, 2\]"),
     ("epochs: 3", "epochs: 3, early_stopping_monitor: val_f2", "is not measured"),
+    ("epochs: 3", "epochs: 3, metrics: [accuracy], early_stopping_monitor: val_f1, early_stopping_patience: 2", "add f1 to metrics"),
     ("params: {pos_weight: 3}", "params: {posweight: 3}", "did you mean 'pos_weight'")])
 def test_mistakes_of_a_person_have_their_next_step(old, new, said):
     text = """

@@ -216,6 +216,15 @@ def test_settings_of_losses_optimizers_and_schedules_are_trained_with(profiles):
     assert [q.about for q in asked.questions] == ["loss", "optimizer"]
 
 
+def test_what_is_watched_is_measured(profiles):
+    plan = make_plan("predict churn, metrics: accuracy, early stopping on validation f1, patience 2", profiles["customers"])
+    assert plan.graph.trainer.metrics == ["accuracy", "f1"] and plan.graph.trainer.early_stopping_monitor == "val_f1"
+    warm = make_plan("predict churn, cosine with 1 warm-up epoch, 4 epochs", profiles["customers"])
+    assert warm.choices["schedule_params"] == {"warmup": 0.25} and not warm.questions and not warm.not_understood
+    steps = make_plan("predict churn, step decay every 2 epochs with gamma 0.5", profiles["customers"])
+    assert steps.choices["schedule_params"] == {"every": 2, "factor": 0.5} and not steps.not_understood
+
+
 def test_slips_of_the_finger_are_said(profiles):
     plan = make_plan("trian for 25 epohcs, predict chrun", profiles["customers"])
     assert plan.choices["epochs"] == 25 and list(plan.targets) == ["churn"] and not plan.not_understood and not plan.questions

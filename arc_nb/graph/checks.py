@@ -149,8 +149,11 @@ def trainer_faults(graph: Graph) -> Iterator[Fault]:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", trainer.device):
         yield ("trainer", "device"), f"{shorten(trainer.device)!r} is no device: auto, cpu, cuda, cuda:0 or mps"
     monitor = trainer.early_stopping_monitor
-    measured = "|".join(["loss", "acc", *METRICS])
-    if not re.fullmatch(rf"(train|val|valid|validation)[_/](\w+_)?({measured})", monitor):
+    match = re.fullmatch(rf"(?:train|val|valid|validation)[_/](?:\w+?_)??(loss|acc|{'|'.join(METRICS)})", monitor)
+    asked = {METRICS.get(name, name) for name in trainer.metrics or ["accuracy", "mae"]}
+    if match and trainer.early_stopping_patience and match[1] != "loss" and {**METRICS, "acc": "accuracy"}[match[1]] not in asked:
+        yield ("trainer", "early_stopping_monitor"), f"{shorten(monitor)!r} is watched, and not measured: add {match[1]} to metrics"
+    if not match:
         yield ("trainer", "early_stopping_monitor"), f"{shorten(monitor)!r} is not measured: val_loss, or val_ and a metric"
 
 # %% ../../nbs/graph/60f_checks.ipynb #0edf01a4
@@ -305,7 +308,8 @@ def mixed(graph: Graph) -> list[str]:
     entry = lambda node: next((ref.removesuffix(".output") for _, ref in refs(node.inputs)), "")
     rows = lambda size: isinstance(size, tuple) and len(size) == 3 and size[0] is None and size[1] is not None
     return [f"node {node.name!r}: without batch_first: true {kind(node)} takes the first size, the rows, for the steps of a sequence, "
-            "and what is predicted for a row depends on its neighbours: add batch_first: true" for node in found if rows(sizes.get(entry(node)))]
+            "and what is predicted for a row depends on its neighbours: add batch_first: true"
+            for node in found if rows(sizes.get(entry(node)))]
 
 def faults(
     graph: Graph,

@@ -160,7 +160,9 @@ def _of_loss(choices: Choices, losses: list[str]) -> None:
         if loss not in losses:
             choices.ask("loss", f"{said[1]} is a setting of {loss}, and the loss is {' and '.join(losses)}: which is meant?",
                         [losses[0], loss])
-        else: found[what], words = said[0], [*words, said[1]]
+        else:
+            unit = ", in standard deviations of the target" if what == "delta" else ""  # quantities are scaled before they are learned
+            found[what], words = said[0], [*words, said[1] + unit]
     if found: choices.put("loss_params", found, "words", " … ".join(words))
 
 def _weigh(choices: Choices, kinds: dict[str, str]) -> None:
@@ -331,6 +333,10 @@ def decide_rows(
     usual = (["accuracy", "auroc", "f1"] if kind == {"binary"} else ["accuracy", "f1"] if "regression" not in kind else ["mae", "rmse",
         "r2"] if kind == {"regression"} else [])
     choices.pick("metrics", usual, "the usual ones of the task")
+    watched = choices["monitor"].removeprefix("val_") if "monitor" in choices.reasons else "loss"
+    if watched not in ("loss", *choices["metrics"]):  # what is watched has to be measured
+        reason = choices.reasons["metrics"]
+        choices.put("metrics", [*choices["metrics"], watched], reason.source, f"{reason.because}, and the one that is watched")
 
 def _splits(choices: Choices) -> None:
     said, valid, test = choices.said("split"), choices.said("valid_share", "split"), choices.said("test_share", "split")

@@ -208,7 +208,7 @@ def _stepped(m: re.Match[str]) -> Any:
 # %% ../../nbs/graph/62a_phrases.ipynb #a028a2c1
 COURSES = [
     Rule("schedule", rf"({_REDUCE}\s+on\s+(?:a\s+)?plateaus?|\breducelronplateau|\b(?:plateau|exponential|step)(?:lr\b)?(?:{_DECAY})?)"
-         rf"\s*(?:[,(:]\s*)?(?:with\s+|and\s+)?({_OPTION}(?:\s*(?:,\s*and\b|,|\band\b)?\s*{_OPTION})*)\s*\)?", _detailed),
+         rf"\s*(?:[,(:]\s*)?(?:with\s+|and\s+)?({_OPTION}(?:\s*(?:,\s*and\b|,|\band\b|\bwith\b)?\s*{_OPTION})*)\s*\)?", _detailed),
     Rule("schedule", rf"{_REDUCE}\s+(?:by|with|times)\s+(?:a\s+)?(?:factor\s+(?:of\s+)?)?({NUMBER})\s+every\s+({INT})\s+epochs?", _stepped),
     *[Rule("warmup", pattern, lambda m: number_of(m[1]), allowed=(1e-6, 100_000)) for pattern in (
         rf"\b(?:(?:a|linear)\s+)*({NUMBER})\s+(?:linear\s+)?warm[\s-]?up\s+epochs?\b",
@@ -222,7 +222,7 @@ STEPS = [
          rf"\bwarm[\s-]?up\b(?:\s+(?:and|then|followed by|with))*\s+(?:a )?cosine(?:{_DECAY})?|\bcosine(?:{_DECAY})?\s+(?:with|after)"
          rf"\s+(?:a )?warm[\s-]?up", "warmup_cosine"),
     *[Rule("schedule", rf"{_CALLED_SCHEDULE}{said}\b(?:{_DECAY})?", name) for said, name in _COURSES.items()],
-    Rule("schedule", rf"\bcosine(?:{_DECAY}|(?=\s*(?:$|[,.;\n])))", "cosine", off=None),
+    Rule("schedule", rf"\bcosine(?:{_DECAY}|(?=\s*(?:$|[,.;\n]|with\b)))", "cosine", off=None),
     Rule("schedule", rf"\bone[\s_-]?cycle(?:{_DECAY})?", "one_cycle", off=None),
     Rule("schedule",
          rf"(?:\b(?:reduce|lower|decrease|drop|cut)\w*\s+(?:the\s+)?(?:learning rate|lr)\s+on\s+(?:a\s+)?plateaus?|\breducelronplateau|"
