@@ -32,7 +32,7 @@ from .ops.jobs import Job, Jobs
 from .ops.registry import Models
 from .settings import settings
 from .tables.names import quoted
-from .tables.store import parquet_batches
+from .tables.store import as_frame, parquet_batches
 from .tasks.tabular.targets import heads_of
 from .tasks.tabular.training import rehearse
 from .working import SLOTS, train_job
@@ -132,8 +132,9 @@ class Modelling(Choosing):
         whole = f"SELECT * FROM {quoted(table)}"
         parts = [f"SELECT * FROM ({whole} USING SAMPLE reservoir({TRIED} ROWS) REPEATABLE (0))"]
         for head in heads_of(graph):
-            if head.kind != "regression": parts.append(f"{whole} QUALIFY row_number() OVER (PARTITION BY {quoted(head.column)}) = 1")
-        return self.store.sql(" UNION ALL BY NAME ".join(f"({part})" for part in parts))
+            if head.kind != "regression": parts.append(f"SELECT DISTINCT ON ({quoted(head.column)}) * FROM {quoted(table)}")
+        query = " UNION ALL BY NAME ".join(f"({part})" for part in parts)
+        return self.store.sparing(lambda connection: as_frame(connection.execute(query)))
 
     def wait(
         self,
