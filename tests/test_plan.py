@@ -265,3 +265,12 @@ def test_plans_and_graphs_are_readable_in_a_terminal(profiles):
 def test_a_wide_picture_fits_its_sheet(profiles):
     plan = make_plan("MMOE model to predict both click and conversion", profiles["ad_events"])
     assert "net fit" in plan._repr_html_() and ".fit svg{max-width:100%" in plan._repr_html_()
+
+
+def test_other_words_are_no_slips_and_no_targets(profiles):
+    law = make_plan("predict churn for 3 lawyers; contact matters", profiles["customers"])
+    assert law.choices["layers"] == [128, 64] and "contact matters" in law.not_understood and not any("read as" in f for f in law.flags)
+    left = make_plan("predict churn, total_charges must not be scaled", profiles["customers"])
+    assert list(left.targets) == ["churn"] and left.not_understood
+    both = make_plan("price, demand must be predicted", profiles["housing_features"])
+    assert list(both.targets) == ["price", "demand"]

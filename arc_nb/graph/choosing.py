@@ -146,6 +146,7 @@ def _hinted(choices: Choices) -> str:
     if "sigmoid" in acts and acts["sigmoid"] in (None, 1): return "binary"
     return "classification" if "softmax" in acts else ""
 
+# %% ../../nbs/graph/62d_choosing.ipynb #dd9c3fc0
 def decide_task(
     choices: Choices,
     given: list[str] | None = None,

@@ -44,7 +44,8 @@ class Rule:
 # %% ../../nbs/graph/62a_phrases.ipynb #a62f1afa
 _FILL = (r"(?:(?:need|want|wants|use|using|add|adding|apply|applying|do|any|a|an|the|to|have|include|train|training|for|with|set|it|be|"
          r"there|should|must|i|we|run|going|more|some) )*")
-_DENY = (r"\b(?:no|not|without|w/o|never|avoid|avoiding|skip(?![\s-]connection)|don't|dont|doesn't|cannot|can't|won't|neither|nor|disable|"
+_DENY = (r"\b(?:no|not|without|w/o(?:ut)?|"
+         r"never|avoid|avoiding|skip(?![\s-]connection)|don't|dont|doesn't|cannot|can't|won't|neither|nor|disable|"
          r"disabling|remove|removing|omit|turn off|switch off|instead of|rather than|except|excluding|isn't|isnt|other than|anything but)"
          r"\s+")
 _VAGUE = (r"\b(?:at least|more than|over|above|fewer than|less than|below|under|minimum|minimum of|min|greater than|larger than|smaller "

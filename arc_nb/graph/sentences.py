@@ -57,10 +57,13 @@ _GONE = (r"(?:(?:(?:is|are|being)\s+)?(?:left\s+out|excluded|ignored|removed|dro
          r"(?:must|should|may|can|shall|is|are)\s*(?:not|never|n't)\s+(?:to\s+)?(?:be\s+)?(?:used|included|known|available|allowed|seen|"
          r"an?\s+(?:input|feature)|inputs|features)(?:\s+(?:beforehand|in advance|as\s+(?:an?\s+)?(?:inputs?|features?)))?\b)")
 
+_SAYS = (r"\s+(?:must|should|may|can|cannot|can't|shall|is|are|was|were|has|have|needs?|will)\b"
+         r"(?!(?:\s+\w+){0,3}\s+(?:predict\w*|forecast\w*|targets?|labels?|outputs?|responses?)\b)")
+
 def _before_gone(text: Text, start: int, end: int) -> int:
     """Where targets end, if the last names of their list belong to what follows: "click, time_spent is not known"."""
     comma = text.low.find(",", start, end)
-    return comma if comma > 0 and re.match(rf"\s+{_GONE}", text.low[end:]) else end
+    return comma if comma > 0 and re.match(rf"\s+{_GONE}|{_SAYS}", text.low[end:]) else end
 
 def _free(text: Text, m: re.Match[str]) -> bool: return text.free(m.start("it"), m.end("it"))
 
@@ -146,7 +149,7 @@ def _feature_lists(text: Text, one: str, names: list[str]) -> list[Said]:
     reach = rf"{plain}(?:\s*(?:\.{{2,3}}|…|\bto\b|\bthrough\b)\s*{plain})?"
     some = f"(?P<it>{_items(reach)})"
     either = rf"(?P<it>{plain}(?:(?:{_JOIN}|\s*,?\s*n?or\s+(?:the\s+)?){plain})*)"
-    leave = (rf"\b(?:ignor(?:e|es|ing)|exclud(?:e|es|ing)|without(?:\s+using)?|w/o(?:\s+using)?|"
+    leave = (rf"\b(?:ignor(?:e|es|ing)|exclud(?:e|es|ing)|without(?:\s+using)?|w/o(?:ut)?(?:\s+using)?|"
              rf"not\s+(?:from|by|with)|neither(?:\s+from)?|leav(?:e|ing)\s+out|never\s+us(?:e|ing)|(?:everything|"
              rf"all(?:\s+(?:columns|features))?)\s+(?:but|except(?:\s+for)?|besides)|drop(?:ping)?|remov(?:e|ing)|except(?:\s+for)?|"
              rf"do\s+not\s+use|don't\s+use|not\s+using|omit(?:ting)?|skip(?:ping)?)\s+(?:the\s+)?(?:columns?\s+|features?\s+|"
@@ -199,11 +202,18 @@ def read(
 ) -> Reading:
     """What the words say about a table; slips of the finger are mended, where only one word can be meant."""
     found = _read(instruction, profile)
-    if slips := _slips(found, list(profile.columns)):
-        for typed, meant in slips.items(): instruction = re.sub(rf"(?<!\w){typed}(?!\w)", meant, instruction, flags=re.I)
-        found = _read(instruction, profile)
-        found.slips = slips
+    slips = _slips(found, list(profile.columns))
+    while slips:
+        again = _read(_mended(instruction, slips), profile)
+        left = set(re.findall(r"[a-z]+", " ".join(rest(again.text)).lower()))
+        useless = {typed for typed, meant in slips.items() if meant in left}  # nobody reads it then either: it stays as it was typed
+        again.slips = slips = {typed: meant for typed, meant in slips.items() if typed not in useless}
+        if not useless: return again
     return found
+
+def _mended(instruction: str, slips: dict[str, str]) -> str:
+    for typed, meant in slips.items(): instruction = re.sub(rf"(?<!\w){typed}(?!\w)", meant, instruction, flags=re.I)
+    return instruction
 
 def _slips(reading: Reading, names: list[str]) -> dict[str, str]:
     """Words that nobody has read, and the one word each that they are a slip of."""
