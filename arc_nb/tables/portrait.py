@@ -92,9 +92,11 @@ def range_of(
 def _colours(theme: str) -> str:
     """The rules that differ between light and dark."""
     c = THEMES[theme]
-    rules = [f".arc-profile{{background:{c['bg']};color:{c['fg']}}}", f".arc-profile.arc-profile .faint,.arc-profile.arc-profile th{{color:{c['faint']};background:{c['bg']}}}",
-             f".arc-profile.arc-profile td{{border-color:{c['line']};background:{c['bg']};color:inherit}}", f".arc-profile i{{background:{c['line']}}}",
-             f".arc-profile i b{{background:{c['warn']}}}"]
+    twice = ".arc-profile.arc-profile"  # stronger than a notebook's own rules for tables
+    rules = [f".arc-profile{{background:{c['bg']};color:{c['fg']}}}",
+             f"{twice} .faint,{twice} th{{color:{c['faint']};background:{c['bg']}}}",
+             f"{twice} td{{border-color:{c['line']};background:{c['bg']};color:inherit}}",
+             f".arc-profile i{{background:{c['line']}}}", f".arc-profile i b{{background:{c['warn']}}}"]
     return "".join(rules + [f".arc-profile .f-{role}{{fill:{c[role]}}}" for role in ("train", "valid", "fg", "faint")]
                    + [f".arc-profile .s-line{{stroke:{c['line']}}}"])
 
@@ -104,7 +106,8 @@ font-variant-numeric:tabular-nums}.arc-profile h4{margin:0 0 6px;font-size:14px}
 .arc-profile table{border-collapse:collapse;width:100%;margin:0;font-size:13px;color:inherit}
 .arc-profile.arc-profile tr,.arc-profile.arc-profile tbody tr:nth-child(odd),.arc-profile.arc-profile tbody tr:hover{background:none}
 .arc-profile.arc-profile th{text-align:left;font-weight:500;font-size:11.5px;padding:2px 14px 4px 0;border:0;white-space:nowrap}
-.arc-profile.arc-profile td{text-align:left;border:0;border-top-width:1px;border-top-style:solid;padding:5px 14px 5px 0;vertical-align:middle}
+.arc-profile.arc-profile td{text-align:left;border:0;border-top-width:1px;border-top-style:solid;padding:5px 14px 5px 0;
+vertical-align:middle}
 .arc-profile.arc-profile .num{text-align:right;white-space:nowrap}.arc-profile svg{display:block}
 .arc-profile i{display:inline-block;width:44px;height:5px;border-radius:3px;margin-right:7px;vertical-align:2px;overflow:hidden}
 .arc-profile i b{display:block;height:5px}"""
