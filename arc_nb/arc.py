@@ -114,7 +114,7 @@ class Modelling(Choosing):
         tensorboard: bool = True,
     ) -> Job:
         """Goes on in a new job, on the same rows, from the newest good checkpoint. ConfigError where there is nothing to go on with."""
-        old = self.job(id)
+        with blame(ConfigError): old = self.queue.get(id)
         if old.status not in ("failed", "cancelled"): raise ConfigError(f"job {old.id} is {old.status}: only one that broke off goes on")
         graph, table = old.folder / "arc_graph.yaml", old.folder / "table.parquet"
         if not graph.is_file() or not table.is_file(): raise ConfigError(f"the job {old.id} ended before its training began: start it anew")
