@@ -204,7 +204,7 @@ def test_best_and_last(tmp_path):
 USED = {"optimizer": "sgd", "epochs": 2, "batch_size": 7, "validation_split": 0.3, "shuffle": False, "early_stopping_patience": 2,
         "early_stopping_min_delta": 0.5, "early_stopping_monitor": "val_accuracy", "early_stopping_mode": "max", "checkpoint_every": 3,
         "save_best_only": True, "device": "cpu", "gradient_clip_val": 0.5, "gradient_clip_norm": 2.0, "accumulate_grad_batches": 2,
-        "log_every": 5, "verbose": False, "seed": 7, "metrics": ["f1"], "target_output_key": "logits", "scheduler": "cosine",
+        "log_every": 5, "verbose": False, "seed": 7, "metrics": ["f1", "accuracy"], "target_output_key": "logits", "scheduler": "cosine",
         "mixed_precision": "bf16", "processes": 2, "strategy": "ddp", "class_weights": "balanced",
         "l1": 0.1, "l2": 0.1, "loss": "torch.nn.BCEWithLogitsLoss", "target": "sick", "pretrained_embeddings": "other"}
 
@@ -221,7 +221,7 @@ def test_fields_reach_the_trainer():
     assert isinstance(trainer, Trainer) and type(trainer.optimizer) is torch.optim.SGD
     assert [given[k] for k in ("batch_size", "accumulate", "clip_norm", "clip_value", "l1", "l2")] == [7, 2, 2.0, 0.5, 0.1, 0.1]
     assert (given["seed"], given["device"], given["precision"], given["strategy"], given["shuffle"]) == (7, "cpu", "bf16", "ddp", False)
-    assert given["schedule"] == ("cosine", {}) and list(given["metrics"]) == ["f1"] and not trainer.setup.train.shuffle
+    assert given["schedule"] == ("cosine", {}) and list(given["metrics"]) == ["f1", "accuracy"] and not trainer.setup.train.shuffle
     stop, keeper = (next(c for c in trainer.callbacks if isinstance(c, kind)) for kind in (EarlyStopping, Checkpoints))
     assert (stop.monitor, stop.patience, stop.min_delta, stop.sign) == ("valid_accuracy", 2, 0.5, 1) and keeper.spec is None
     assert trainer.setup.valid.rows == round(0.3 * 0.85 * 240) and trainer.setup.compute.objective.losses is not None
@@ -588,3 +588,14 @@ def test_classes_that_are_too_rare_to_be_shared_out():
         rows_of(Split(), pd.DataFrame({"y": np.arange(20) // 2}), "y")
     with pytest.warns(UserWarning, match="10 classes .* the rows for valid and test are fewer"):
         rows_of(Split(), pd.DataFrame({"y": np.arange(40) // 4}), "y")
+
+
+def test_test_rows_leave_no_trace(tmp_path):
+    table = people()
+    first = train(graph(), table, tmp_path / "a", board=False, verbose=False)
+    test = load_parts(first.folder)["test"]
+    other = table.copy()
+    other.loc[test, ODD], other.loc[test, "city"], other.loc[test, "ward"] = 1e6, "Nowhere", "z"
+    second = train(first.graph, other, tmp_path / "b", board=False, verbose=False)
+    assert second.preparation == first.preparation and (load_parts(second.folder)["test"] == test).all()
+    assert all(torch.equal(a, b) for a, b in zip(first.module.state_dict().values(), second.module.state_dict().values()))
