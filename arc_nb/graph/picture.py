@@ -34,7 +34,9 @@ def card(block: Block) -> str:
     room = block.width - 34
     name = words(left + 16, block.y + 21, cut(times + block.name, max(5, int((room - 7.2 * len(weights) - 8) / 7.8))), "fg", 13, weight=600)
     shape = block.shape if 6.4 * len(block.shape) < room - 40 else ""
-    text = words(left + 16, block.y + 40, cut(block.text, max(4, int((room - 6.4 * len(shape) - 10) / 6.8))), "faint", 12)
+    space = room - 6.4 * len(shape) - 8
+    most = int(space / (6.2 if 6.2 * len(block.text) <= space else 6.8))  # long names have wide letters
+    text = words(left + 16, block.y + 40, cut(block.text, max(4, most)), "faint", 12)
     ends = words(right - 14, block.y + 21, weights, "faint", 12, "end") + words(right - 14, block.y + 40, shape, "faint", 12, "end")
     return "".join([*sheets, body, name, text, ends, _chips(block, left)])
 
