@@ -8,9 +8,10 @@ Docs: https://arc-nb.github.io/arc_nb/commands.html.md"""
 __all__ = ['Name', 'Table', 'Words', 'Target', 'Id', 'app', 'ml', 'jobs', 'WHOLE', 'CURLY', 'Desk', 'as_text', 'load', 'tables',
            'describe', 'sql', 'pipeline', 'plan', 'revise_plan', 'model', 'announce', 'follow', 'evaluate', 'predict',
            'models', 'jobs_list', 'jobs_status', 'jobs_logs', 'jobs_resume', 'jobs_cancel', 'ask', 'tensorboard',
-           'config', 'help_', 'arguments', 'command', 'run', 'is_group', 'usage']
+           'config', 'help_', 'arguments', 'command', 'run', 'hinted', 'is_group', 'usage']
 
 # %% ../nbs/91_commands.ipynb #1a748188
+import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -195,7 +196,7 @@ def models(context: Context) -> None:
 
 # %% ../nbs/91_commands.ipynb #79c3145a
 @jobs.command("list")
-def jobs_list(context: Context, limit: Annotated[int, Option(help="The newest so many")] = 20) -> None:
+def jobs_list(context: Context, limit: Annotated[int, Option(min=1, help="The newest so many")] = 20) -> None:
     """The newest jobs."""
     context.obj.show(_arc(context).jobs(limit))
 
@@ -267,12 +268,12 @@ def arguments(
     line: str,  # a command, with or without its slash; line breaks count as spaces
 ) -> list[str]:
     """The words of a command. ConfigError for a quotation that has no end."""
-    word, _, rest = line.strip().removeprefix("/").partition(" ")
+    typed = line.strip().removeprefix("/")
+    word, _, rest = typed.partition(" ")
     if word in WHOLE and rest.strip() not in ("", "--help"): return [word, "--", rest.strip()]
-    try: return shlex.split(line.strip().removeprefix("/"))
-    except ValueError:
-        try: return shlex.split(line.strip().removeprefix("/").translate(CURLY))
-        except ValueError as error: raise ConfigError(f"a quotation has no end in: {line.strip()}") from error
+    if re.search(r"(^|\s)[“„‟]", typed): typed = typed.translate(CURLY)
+    try: return shlex.split(typed)
+    except ValueError as error: raise ConfigError(f'a quotation has no end: put a text with an apostrophe in "...", in: {typed}') from error
 
 # %% ../nbs/91_commands.ipynb #4bc53635
 @cache
@@ -288,7 +289,16 @@ def run(
     words = arguments(line) if isinstance(line, str) else line
     if is_group(words): return desk.show(usage(words, desk.prefix))
     try: command().main(words, standalone_mode=False, obj=desk, prog_name="arc-nb")
-    except TyperException as error: raise ConfigError(error.format_message()) from error
+    except TyperException as error: raise ConfigError(hinted(error.format_message(), words)) from error
+
+def hinted(
+    message: str,  # of Typer
+    words: list[str],  # that were typed
+) -> str:
+    """The message, with the next step where it is known."""
+    if "unexpected extra argument" in message: return f'{message}. A text of several words stands in quotation marks: --instruction "..."'
+    if message.startswith("No such command") and words[0] in command().commands["ml"].commands: return f"{message} There is: ml {' '.join(words)}"
+    return message
 
 def is_group(
     words: list[str],
@@ -321,4 +331,6 @@ def _lines(found: Any, path: list[str]) -> Iterator[tuple[str, str]]:
     if getattr(found, "commands", None): return
     yield " ".join(path), found.get_short_help_str(100)
     for parameter in found.params:
-        if parameter.name != "help": yield "    " + ", ".join(parameter.opts), getattr(parameter, "help", None) or ""
+        if parameter.name == "help": continue
+        needed = " (needed)" if parameter.required else ""
+        yield "    " + ", ".join(parameter.opts), (getattr(parameter, "help", None) or "") + needed

@@ -117,7 +117,8 @@ def completed(
     for note in made.notes: warn(note)
     return made
 
-KINDS = {"BCELoss": "binary", "BCEWithLogitsLoss": "binary", "CrossEntropyLoss": "classification", "NLLLoss": "classification"}  # else regression
+KINDS = {"BCELoss": "binary", "BCEWithLogitsLoss": "binary", "CrossEntropyLoss": "classification",
+         "NLLLoss": "classification"}  # of others: regression
 
 def target_of(
     graph: Graph,

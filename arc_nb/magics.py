@@ -116,7 +116,7 @@ class Answers:
     def ml(self, line: str, cell: str | None = None) -> None:
         """`%ml jobs list`; `%%ml model --name x --data-table t` takes the lines below as the instruction, or as more options."""
         if cell is None: return self.run(f"/ml {line}")
-        if cell.lstrip().startswith("--"): return self.run(f"/ml {line} {cell}")
+        if cell.lstrip().startswith("--") or not line.strip(): return self.run(f"/ml {line} {cell}")
         self.run(["ml", *arguments(line), "--instruction", cell.strip()])
 
     def sql(self, line: str, cell: str | None = None) -> Any:
