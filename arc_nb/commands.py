@@ -297,7 +297,8 @@ def hinted(
 ) -> str:
     """The message, with the next step where it is known."""
     if "unexpected extra argument" in message: return f'{message}. A text of several words stands in quotation marks: --instruction "..."'
-    if message.startswith("No such command") and words[0] in command().commands["ml"].commands: return f"{message} There is: ml {' '.join(words)}"
+    inside = message.startswith("No such command") and words[0] in command().commands["ml"].commands
+    if inside: return f"{message} There is: ml {' '.join(words)}"
     return message
 
 def is_group(
