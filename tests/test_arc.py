@@ -110,6 +110,13 @@ def test_a_command_of_the_guide_runs_as_typed(item, arc, terminal, capfd, monkey
     assert {"model.pt", "final_model.pt", "preparation.json", "history.csv", "environment.json"} <= kept
 
 
+def test_what_the_guide_prints_and_how_it_splits(arc):
+    console, split = (next(item["text"] for item in SEED if item["kind"] == kind) for kind in ("console", "split"))
+    assert EPOCH.findall(console) == [("1", "50"), ("2", "50")]
+    asked, default = (arc.plan(words, "customers").graph.preprocessing.split for words in (f"Predict churn. {split}", "Predict churn"))
+    assert (asked.train, asked.valid, asked.test) == (default.train, default.valid, default.test) == (.7, .15, .15)
+
+
 def pasted() -> str:
     "The three pieces of YAML of the guide, one below the other."
     return "\n".join(item["text"] for item in SEED if item["kind"] == "yaml")
