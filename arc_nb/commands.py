@@ -147,7 +147,9 @@ def announce(
     job: "Job",  # that has been started
 ) -> None:
     """Says that it has begun; a notebook shows its board, which lives on when the cell has ended."""
-    try: desk.show(f"job {job.id} has begun") if desk.waits else job.show(timeout=20)
+    desk.show(f"job {job.id} has begun, and TensorBoard beside it: {desk.prefix}ml jobs status {job.id}, {desk.prefix}tensorboard")
+    if desk.waits: return
+    try: job.show(timeout=20)
     except ValueError: desk.show(job)  # it waits for its turn, or has ended already
 
 def follow(
@@ -155,7 +157,8 @@ def follow(
     job: "Job",
 ) -> None:
     """Prints what the job prints until it has ended; ModelError where it failed."""
-    desk.show(f"job {job.id} has begun; it goes on when this window is closed: ml jobs status {job.id}")
+    desk.show(f"job {job.id} has begun, and TensorBoard beside it ({desk.prefix}tensorboard). It goes on when this window is closed: "
+              f"{desk.prefix}ml jobs status {job.id}")
     for line in job.follow(): print(line, flush=True)
     if job.status == "failed": raise ModelError(f"the job {job.id} failed: {job.message}")
     desk.show(job)
