@@ -4489,6 +4489,7 @@ d = { 'settings': { 'branch': 'main',
                                      'arc_nb.watch.widget.mapped': ('watch/widget.html#mapped', 'arc_nb/watch/widget.py'),
                                      'arc_nb.watch.widget.small': ('watch/widget.html#small', 'arc_nb/watch/widget.py'),
                                      'arc_nb.watch.widget.widget_class': ('watch/widget.html#widget_class', 'arc_nb/watch/widget.py')},
-            'arc_nb.working': { 'arc_nb.working.published': ('working.html#published', 'arc_nb/working.py'),
+            'arc_nb.working': { 'arc_nb.working.findings_of': ('working.html#findings_of', 'arc_nb/working.py'),
+                                'arc_nb.working.published': ('working.html#published', 'arc_nb/working.py'),
                                 'arc_nb.working.told': ('working.html#told', 'arc_nb/working.py'),
                                 'arc_nb.working.train_job': ('working.html#train_job', 'arc_nb/working.py')}}}

@@ -153,8 +153,9 @@ class Epochs(Steps):
             for batches in groups:
                 self._step(batches)
                 if self.done: break
-        except RuntimeError as error:  # an interrupt reaches a loader's processes too, and may end them before it ends the run
-            if parts.controls.waiting and "DataLoader worker" in str(error) and not parts.ranks.many: obey(self.lookout)
+        except (RuntimeError, ConnectionError, EOFError) as error:  # an interrupt reaches a loader's processes too, and may end them first
+            ended = "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError))  # told, or in the middle of a batch
+            if parts.controls.waiting and ended and not parts.ranks.many: obey(self.lookout)
             if not self.lookout.stopping: raise
         if status.step == self.at.first_step and not self.lookout.stopping:
             raise ValueError("the training data gave no batches in this epoch")
