@@ -33,6 +33,7 @@ from .ops.jobs import Job, Jobs
 from .ops.registry import Models
 from .settings import settings
 from .tables.names import quoted
+from .tables.profile import Profile
 from .tables.store import as_frame, parquet_batches
 from .tasks.tabular.targets import heads_of
 from .tasks.tabular.training import rehearse
@@ -61,6 +62,13 @@ class Modelling(Choosing):
     @cached_property
     def registry(self) -> Models: return Models(self.home)
 
+    def job(
+        self,
+        id: str,  # or its beginning
+    ) -> Job:
+        """One job. ConfigError where there is none."""
+        with blame(ConfigError): return self.queue.get(id)
+
     def model(
         self,
         name: str,  # letters, digits, _ and -
@@ -76,9 +84,9 @@ class Modelling(Choosing):
         tensorboard: bool = True,  # write for it, and have it run
     ) -> Job:
         """Trains a model in a process of its own. ConfigError, DataError or ModelError before anything has started."""
-        made, table, planned = self.choose(name, instruction, data_table, target, plan_id, plan, graph, endpoint)
+        made, table, planned, profile = self.choose(name, instruction, data_table, target, plan_id, plan, graph, endpoint)
         if planned: tell(planned)
-        job = self.start(name, made, table, sample, tensorboard)
+        job = self.start(name, made, table, sample, tensorboard, profile=profile)
         return self.wait(job) if wait else job
 
     def start(
@@ -88,10 +96,11 @@ class Modelling(Choosing):
         table: str,
         sample: float | int | None = None,
         tensorboard: bool = True,
+        profile: Profile | None = None,  # of the table, where it has just been measured
     ) -> Job:
         """Checks a graph against a table, tries a batch, and starts a job on a snapshot."""
         if sample is not None: graph = sampled(graph, sample)
-        profile = self.describe(table)
+        profile = profile or self.describe(table)
         with blame(ModelError):
             graph.check(profile)
             report = rehearse(graph, self._few(table, graph))
@@ -122,7 +131,7 @@ class Modelling(Choosing):
         tensorboard: bool = True,
     ) -> Job:
         """Goes on in a new job, on the same rows, from the newest good checkpoint. ConfigError where there is nothing to go on with."""
-        with blame(ConfigError): old = self.queue.get(id)
+        old = self.job(id)
         if old.status not in ("failed", "cancelled"): raise ConfigError(f"job {old.id} is {old.status}: only one that broke off goes on")
         graph, table = old.folder / "arc_graph.yaml", old.folder / "table.parquet"
         if not graph.is_file() or not table.is_file(): raise ConfigError(f"the job {old.id} ended before its training began: start it anew")
@@ -181,12 +190,12 @@ def evaluations(
     return pd.DataFrame(rows)
 
 def spelled(
-    model: "TabularModel",
+    kinds: Iterable[str],  # of the targets
     metrics: Sequence[str] | None,
 ) -> list[str] | None:
     """Metrics as they are called here ("f1" for "f1_score"). ValueError for one that there is not, with the nearest."""
     from arc_nb.tasks.tabular.scores import metric_named
-    return list({metric_named(kind, metric).name: 0 for metric in metrics for kind in model.kinds.values()}) if metrics else None
+    return list(dict.fromkeys(metric_named(kind, metric).name for kind in kinds for metric in metrics)) if metrics else None
 
 def predicted(
     model: "TabularModel",
@@ -210,13 +219,6 @@ class Arc(Modelling):
         """The newest jobs, a row each."""
         return self.queue.frame(limit)
 
-    def job(
-        self,
-        id: str,  # or its beginning
-    ) -> Job:
-        """One job. ConfigError where there is none."""
-        with blame(ConfigError): return self.queue.get(id)
-
     def models(self) -> "pd.DataFrame":
         """The models and their versions."""
         return self.registry.frame()
@@ -233,14 +235,14 @@ class Arc(Modelling):
         self,
         name: str,  # of a model
         table: str | None = None,  # rows that it never saw; None: its own test rows
-        metrics: Sequence[str] | None = None,  # only these
+        metrics: Sequence[str] | None = None,  # those that come first
         shuffles: int = 0,  # measures how much each column matters, by shuffling it so often
     ) -> "Report":
         """All scores, with their pictures; a row a target in the table `evaluations`. DataError for a table that does not fit, ConfigError
         for a metric that there is not."""
         from arc_nb.tasks.tabular.report import evaluate
         model = self.open(name)
-        with blame(ConfigError): metrics = spelled(model, metrics)
+        with blame(ConfigError): metrics = spelled(model.kinds.values(), metrics)
         with blame(DataError):
             rows = None if table is None else self.store.frame(table)
             found = evaluate(model, rows, source=self._trained_on(model) if table is None else None, metrics=metrics, shuffles=shuffles)
@@ -256,12 +258,12 @@ class Arc(Modelling):
         self,
         name: str,
         table: str | None = None,
-        metrics: Sequence[str] | None = None,
+        metrics: Sequence[str] | None = None,  # only these
     ) -> dict[str, float]:
         """The scores of `report` by name; of several targets by target/name."""
-        found = self.report(name, table, metrics).metrics
-        wanted = spelled(self.open(name), metrics)
-        return {key: value for key, value in found.items() if not wanted or key.rpartition("/")[2] in wanted}
+        found = self.report(name, table, metrics)
+        wanted = spelled([one.kind for one in found.evaluations.values()], metrics)
+        return {key: value for key, value in found.metrics.items() if not wanted or key.rpartition("/")[2] in wanted}
 
     def predict(
         self,

@@ -6,9 +6,9 @@ Docs: https://arc-nb.github.io/arc_nb/commands.html.md"""
 
 # %% auto #0
 __all__ = ['Name', 'Table', 'Words', 'Target', 'Id', 'app', 'ml', 'jobs', 'WHOLE', 'CURLY', 'Desk', 'as_text', 'load', 'tables',
-           'describe', 'sql', 'pipeline', 'plan', 'revise_plan', 'model', 'announce', 'follow', 'evaluate', 'predict',
-           'models', 'jobs_list', 'jobs_status', 'jobs_logs', 'jobs_resume', 'jobs_cancel', 'ask', 'tensorboard',
-           'config', 'help_', 'arguments', 'command', 'run', 'hinted', 'is_group', 'usage']
+           'describe', 'sql', 'pipeline', 'plan', 'revise_plan', 'model', 'begun', 'announce', 'print_lines', 'follow',
+           'evaluate', 'predict', 'models', 'jobs_list', 'jobs_status', 'jobs_logs', 'jobs_resume', 'jobs_cancel',
+           'ask', 'tensorboard', 'config', 'help_', 'arguments', 'command', 'run', 'hinted', 'is_group', 'usage']
 
 # %% ../nbs/91_commands.ipynb #1a748188
 import re
@@ -138,10 +138,17 @@ def model(
     desk, arc = context.obj, _arc(context)
     chosen = arc.choose(name, instruction, data_table, _listed(target), plan_id, graph=graph)
     desk.show(chosen.plan or chosen.graph)
-    job = arc.start(name, chosen.graph, chosen.table, sample)
-    (follow if (desk.waits if wait is None else wait) else announce)(desk, job)
+    begun(desk, arc.start(name, chosen.graph, chosen.table, sample, profile=chosen.profile), wait)
 
 # %% ../nbs/91_commands.ipynb #ac31dfe3
+def begun(
+    desk: Desk,
+    job: "Job",  # that has been started
+    wait: bool | None = None,  # None: as the desk does
+) -> None:
+    """Stays with a job until it has ended, or says that it has begun."""
+    (follow if (desk.waits if wait is None else wait) else announce)(desk, job)
+
 def announce(
     desk: Desk,
     job: "Job",  # that has been started
@@ -152,6 +159,12 @@ def announce(
     try: job.show(timeout=20)
     except ValueError: desk.show(job)  # it waits for its turn, or has ended already
 
+def print_lines(
+    job: "Job",
+) -> None:
+    """What a job prints, until it has ended."""
+    for line in job.follow(): print(line, flush=True)
+
 def follow(
     desk: Desk,
     job: "Job",
@@ -159,7 +172,7 @@ def follow(
     """Prints what the job prints until it has ended; ModelError where it failed."""
     desk.show(f"job {job.id} has begun, and TensorBoard beside it ({desk.prefix}tensorboard). It goes on when this window is closed: "
               f"{desk.prefix}ml jobs status {job.id}")
-    for line in job.follow(): print(line, flush=True)
+    print_lines(job)
     if job.status == "failed": raise ModelError(f"the job {job.id} failed: {job.message}")
     desk.show(job)
 
@@ -215,15 +228,12 @@ def jobs_logs(
 ) -> None:
     """What a job has printed."""
     found = _arc(context).job(job)
-    if not follow: print(found.log(lines))
-    else:
-        for line in found.follow(): print(line, flush=True)
+    print_lines(found) if follow else print(found.log(lines))
 
 @jobs.command("resume")
 def jobs_resume(context: Context, job: Id) -> None:
     """Goes on with a job that failed, was lost or was cancelled, from its newest checkpoint."""
-    desk, started = context.obj, _arc(context).resume(job)
-    (follow if desk.waits else announce)(desk, started)
+    begun(context.obj, _arc(context).resume(job))
 
 @jobs.command("cancel")
 def jobs_cancel(context: Context, job: Id) -> None:
@@ -240,8 +250,7 @@ def ask(
     desk, arc = context.obj, _arc(context)
     plan = arc.ask(sentence)
     desk.show(plan)
-    job = arc.model(name or f"{'_'.join(plan.targets)}_predictor", plan=plan)
-    (follow if desk.waits else announce)(desk, job)
+    begun(desk, arc.model(name or f"{'_'.join(plan.targets)}_predictor", plan=plan))
 
 @app.command()
 def tensorboard(context: Context) -> None:

@@ -52,14 +52,11 @@ class Home:
         home: str | Path | None = None,  # the folder; None: what settings.ini says, or ~/.arc
     ):
         self.home = Path(home or settings()["home"]).expanduser().resolve()
-        with blame(ConfigError): self._make(self.home)
+        try: self.home.mkdir(parents=True, exist_ok=True)
+        except OSError as error: raise ConfigError(f"home={str(self.home)!r} cannot be used: {error.strerror}") from error
         self.store = Tables(self.home / "arc.duckdb")
 
     def __repr__(self) -> str: return f"{type(self).__name__}(home={str(self.home)!r})"
-
-    def _make(self, folder: Path) -> None:
-        try: folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error: raise ConfigError(f"home={str(folder)!r} cannot be used: {error.strerror}") from error
 
     def load(
         self,

@@ -103,6 +103,7 @@ class Choice(NamedTuple):
     graph: Graph
     table: str
     plan: Plan | None = None  # that the graph comes from
+    profile: Profile | None = None  # of the table, where it was measured for this
 
 def completed(
     graph: Graph,
@@ -167,10 +168,12 @@ class Choosing(Planning):
         if len(given) > 1: raise ConfigError(f"{' and '.join(given)} say the same thing twice: give one of them")
         if graph is not None: return self._of_graph(name, graph, data_table, target, instruction)
         if plan_id is not None: plan = self.find_plan(plan_id)
+        fresh = plan is None
         if plan is None: plan = self._of_words(name, instruction, data_table, target, endpoint)
         elif instruction and not ACCORDING.fullmatch(instruction): plan = self.revise(plan, instruction)
         table = data_table or plan.table
-        return Choice(ready(plan).graph.model_copy(update={"name": name, "plan_id": plan.id, "data_table": table}), table, plan)
+        made = ready(plan).graph.model_copy(update={"name": name, "plan_id": plan.id, "data_table": table})
+        return Choice(made, table, plan, plan.profile if fresh else None)
 
     def _of_words(self, name: str, words: str | None, table: str | None, target: Any, endpoint: Any) -> Plan:
         if not words: raise ConfigError("what is to be trained? Give an instruction, the id of a plan, or a graph")
@@ -188,4 +191,4 @@ class Choosing(Planning):
         if not table: raise ConfigError(f"which table? The graph names none. {self._which()}")
         profile = self.describe(table)
         with blame(ModelError): made = completed(graph, profile, target)
-        return Choice(made.model_copy(update={"name": name, "data_table": table}), table)
+        return Choice(made.model_copy(update={"name": name, "data_table": table}), table, profile=profile)

@@ -86,8 +86,9 @@ def find_arc(
     names: dict[str, Any],  # the variables of the notebook
 ) -> Arc:
     """The notebook's own `arc` where it has one; else a new one, which is `arc` from then on where that name is free."""
-    if isinstance(names.get("arc"), Arc): return names["arc"]
-    found = names.setdefault("_arc", Arc())
+    for name in ("arc", "_arc"):
+        if isinstance(names.get(name), Arc): return names[name]
+    names["_arc"] = found = Arc()
     names.setdefault("arc", found)
     return found
 
@@ -136,8 +137,8 @@ def known(
 ) -> list[str]:
     """What an option may be."""
     if option in ("--data-table", "--data", "--source-tables", "--table"): return arc.store.names()
-    if option in ("--model", "--model-id"): return list(arc.models().get("name", []))
-    if option == "job": return list(arc.jobs().get("Job ID", []))
+    if option in ("--model", "--model-id"): return arc.registry.names()
+    if option == "job": return arc.jobs()["Job ID"].tolist()
     return []
 
 def completions(

@@ -11,7 +11,6 @@ __all__ = ['SLOTS', 'train_job', 'told', 'published', 'findings_of']
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from .ops.registry import Draft, Models
 from .ops.work import Work
 from .tasks.tabular.model import TabularModel
 from .tasks.tabular.training import train
-from .track.server import leased
 from .track.tensorboard import TensorBoard
 
 # %% ../nbs/90c_working.ipynb #427e94f8
@@ -48,7 +46,7 @@ def train_job(
     (job.folder / "arc_graph.yaml").write_text(graph, encoding="utf-8")
     if after and (Path(after) / "run").is_dir(): shutil.copytree(Path(after) / "run", job.run)
     chosen = Graph.from_yaml(graph)
-    with Models(home).begin(str(chosen.name)) as draft, leased(home) if tensorboard else nullcontext():
+    with Models(home).begin(str(chosen.name)) as draft:
         track = [TensorBoard(Path(home) / "tensorboard" / draft.id, settings=told(chosen))] if tensorboard else []
         model = train(chosen, table, draft.folder, run=job.run, callbacks=[job.listener()], track=track, board=False,
                       pretrained=pretrained, resume=bool(after))

@@ -1,4 +1,5 @@
 """Small models, data and listeners that the tests of the Trainer share."""
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,19 @@ from torch.utils.data import Dataset
 
 from arc_nb import Callback, Trainer
 from arc_nb.engine.checkpoint import best_good, newest_good, read_checkpoint
+
+
+PATIENCE = 240  # seconds until a test of other processes gives up; none of them measures time
+
+
+def until(true, what="it"):
+    "Waits for a condition, and gives what it was."
+    end = time.monotonic() + PATIENCE
+    while not (found := true()):
+        assert time.monotonic() < end, f"{what} did not happen in {PATIENCE} s"
+        time.sleep(.02)
+    return found
+
 
 
 def classes(rows: int = 60, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -13,13 +13,14 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from small import until
 
 from arc_nb import Arc, register_layer
 from arc_nb.arc import ConfigError, DataError, ModelError
 from arc_nb.commands import Desk, as_text, run
 from arc_nb.graph.build import build
 from arc_nb.graph.spec import Graph
-from arc_nb.magics import lines_of
+from arc_nb.magics import completions, lines_of
 from arc_nb.tasks.tabular.training import rehearse, train
 
 SEED = yaml.safe_load((ROOT / "tests/data/arc_seed.yaml").read_text())
@@ -81,7 +82,7 @@ def test_a_sentence_of_the_guide_trains(item, arc, older, tmp_path):
     "As typed, on a real table, in this process; two epochs instead of its own."
     plan = arc.plan(item["text"].replace("<model_name>", older), item["table"])
     assert not plan.questions and set(plan.not_understood) <= {"action", "comedy", "drama"}  # genres that are not in iris
-    graph, table, _ = arc.choose("seed", plan=plan)
+    graph, table, *_ = arc.choose("seed", plan=plan)
     frame, pretrained = arc.store.frame(table), arc.registry.find(older) if "<model_name>" in item["text"] else None
     assert rehearse(graph, frame).success
     model = train(brief(graph), frame, tmp_path, run=False, board=False, say=lambda line: None, pretrained=pretrained)
@@ -95,7 +96,7 @@ def test_a_command_of_the_guide_runs_as_typed(item, arc, terminal, capfd, monkey
     done = arc.queue.list(1)[0].id if arc.queue.list(1) else arc.model("first", plan=plan, wait=True, tensorboard=False).id
     text = item["text"].replace("<plan_id>", plan.id).replace("<job_id>", done)
     started = arc.start
-    shorter = lambda name, graph, table, sample=None: started(name, brief(graph, 3), table, sample, tensorboard=False)
+    shorter = lambda name, graph, table, *more, **options: started(name, brief(graph, 3), table, *more, **options, tensorboard=False)
     monkeypatch.setattr(arc, "start", shorter)
     assert [piece for is_command, piece in lines_of(text.splitlines(keepends=True)) if is_command] == [text]  # one, as a cell reads it
     said = terminal.type(text)
@@ -166,6 +167,9 @@ def test_from_a_file_to_predictions(tmp_path):
     again = Arc(home=tmp_path / "home")  # another day
     pd.testing.assert_frame_equal(again.predict("diabetes_predictor-v1", frame), answers)
     with pytest.warns(UserWarning, match="used before"): again.evaluate("diabetes_predictor")
+    assert completions("/ml evaluate --model-id dia", again) == ["diabetes_predictor"]  # what Tab gives
+    assert completions("/ml predict --data proc", again) == ["processed_diabetes_data"]
+    assert completions("/ml jobs status ", again) == [job.id]
 
 
 def test_an_edited_graph_becomes_the_next_version(arc, tmp_path):
@@ -208,13 +212,13 @@ def test_a_job_that_fails_leaves_no_model(arc, monkeypatch):
 
 def test_a_cancelled_job_stops_and_publishes_nothing(arc):
     job = arc.model("long", "Predict churn, 100000 epochs, no early stopping", "customers", tensorboard=False)
-    while not job.metrics: pass
+    until(lambda: job.metrics)
     job.cancel().wait()
     assert job.status == "cancelled" and (job.run / "checkpoints").is_dir() and len(job.history().epochs()) >= 1
     with pytest.raises(ModelError): arc.open("long")
     last = len(job.history().epochs())
     again = arc.resume(job.id, tensorboard=False)  # on from there, in a job of its own
-    while not again.metrics: pass
+    until(lambda: again.metrics)
     again.cancel().wait()
     epochs = again.history().epochs().epoch.tolist()
     assert epochs == list(range(1, len(epochs) + 1)) and len(epochs) > last and len(job.history().epochs()) == last

@@ -10,23 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from small import PATIENCE, until
 
 from arc_nb.engine.alive import birth
 from arc_nb.ops.jobs import Jobs
 from arc_nb.ops.queue import there
 from arc_nb.ops.registry import Models
 from arc_nb.ops.store import Store, move
-
-PATIENCE = 240  # seconds until a test gives up; none of them measures time
-
-
-def until(true, what="it"):
-    "Waits for a condition."
-    end = time.monotonic() + PATIENCE
-    while not (found := true()):
-        assert time.monotonic() < end, f"{what} did not happen in {PATIENCE} s"
-        time.sleep(.02)
-    return found
 
 
 @pytest.fixture

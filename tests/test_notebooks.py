@@ -10,11 +10,13 @@ def run_all(folder, call, *flags: str) -> None:
     assert "Success." in said
 
 
+@pytest.mark.timeout(1800)
 def test_every_notebook_runs(project_copy, call):
     assert notebooks(project_copy)
     run_all(project_copy, call)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_every_notebook_runs_with_its_slow_cells(project_copy, call):
     run_all(project_copy, call, "--flags", "slow")

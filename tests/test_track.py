@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import PATIENCE, until
 from torch import nn
 
 from arc_nb import Callback, Trainer
@@ -21,19 +22,9 @@ from arc_nb.track.server import Places, free_port, serve
 from arc_nb.track.tensorboard import TensorBoard
 from arc_nb.track.tracking import Tracker
 
-PATIENCE = 240  # seconds until a test gives up; none of them measures time
 torch.manual_seed(0)
 X = torch.randn(240, 2)
 Y = (X[:, 0] * X[:, 1] > 0).long()
-
-
-def until(true, what="it"):
-    "Waits for a condition."
-    end = time.monotonic() + PATIENCE
-    while not (found := true()):
-        assert time.monotonic() < end, f"{what} did not happen in {PATIENCE} s"
-        time.sleep(.02)
-    return found
 
 
 def make(run, track=(), model=None, **more):

@@ -94,10 +94,10 @@ def main(fd: int) -> None:
         line.tell("result", value)
         line.leave.wait()
         if value is not None: value.remove()
-    _end()
+    end()
 
 
-def _end() -> None:
+def end() -> None:
     """Ends as a program does, up to the point where torch's own threads may still be at work: taking Python down around them may abort."""
     for thread in threading.enumerate():
         if not thread.daemon and thread is not threading.current_thread(): thread.join()

@@ -4,12 +4,11 @@
 """
 from __future__ import annotations
 
-import atexit
 import os
 import sys
-import threading
 import time
 
+from ..engine.worker import end
 from .queue import take_turn
 from .store import Store, write
 
@@ -27,7 +26,7 @@ def main(home: str, id: str) -> None:
     from ..track.server import leased
     from .work import perform
     with leased(home): perform(store, id)  # a TensorBoard of this home goes on until the job has ended
-    _end()
+    end()
 
 
 def wait_for_turn(store: Store, id: str) -> bool:
@@ -40,12 +39,3 @@ def wait_for_turn(store: Store, id: str) -> bool:
         if time.monotonic() - signed > SIGN:
             with store.writing() as db: write(db, id, beat=time.time())
             signed = time.monotonic()
-
-
-def _end() -> None:
-    """Ends as a program does, up to the point where torch's own threads may still be at work: taking Python down around them may abort."""
-    for thread in threading.enumerate():
-        if not thread.daemon and thread is not threading.current_thread(): thread.join()
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr): stream.flush()
-    os._exit(0)
