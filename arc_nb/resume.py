@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .engine.batches import LoaderBatches, TensorBatches
+from .engine.batches import KeyedBatches, LoaderBatches, TensorBatches
 from .engine.checkpoint import newest_good, read_checkpoint
 from .engine.events import Callback
 from .engine.lookout import Parts
@@ -83,6 +83,8 @@ def described(
 ) -> dict[str, Any] | None:
     """What can be said of data without reading all of them."""
     if batches is None: return None
+    if isinstance(batches, KeyedBatches):
+        return {"rows": batches.rows, "data": without_addresses(repr(batches.data)), "sample": digest(batches.some(256))}
     if isinstance(batches, TensorBatches): return {"rows": batches.rows, "sample": digest(batches.tensors)}
     if example is None: return {"rows": batches.rows}
     leaves = [t for t in flatten(example.raw).values() if isinstance(t, Tensor)]

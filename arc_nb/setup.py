@@ -37,6 +37,7 @@ from .engine.shards import share
 from .engine.step import Computation, Step, make_step
 from .engine.strategies import Placed, check_strategy, divide, place
 from .engine.telling import warn
+from .engine.windows import Keyed
 from .settings import settings
 
 # %% ../nbs/40_setup.ipynb #72bcb5d2
@@ -117,7 +118,7 @@ def warn_unused(
 ) -> None:
     """Warns of settings that these data make idle."""
     train, workers = given["train"], given["workers"]
-    own = isinstance(train, DataLoader) or not isinstance(train, (tuple, Mapping, Dataset, Tensor))
+    own = isinstance(train, DataLoader) or not isinstance(train, (tuple, Mapping, Dataset, Tensor, Keyed))
     changed = (("batch_size", given["batch_size"] != 32), ("drop_last", given["drop_last"]), ("shuffle", not given["shuffle"]))
     idle = [name for name, set_ in changed if own and set_]
     if workers and (own or not isinstance(train, Dataset)): idle.append("workers")

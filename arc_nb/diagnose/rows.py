@@ -41,9 +41,7 @@ def rows_of(
     most: int,  # rows
 ) -> Batch:
     """Evenly spaced rows of data in memory as one batch; all of them, uncopied, where they are few enough."""
-    if batches.rows <= most: return unpack(batches.rebuild(batches.tensors), **batches.naming)
-    picked = torch.arange(most) * batches.rows // most
-    return unpack(batches.rebuild([t.index_select(0, picked.to(t.device)) for t in batches.tensors]), **batches.naming)
+    return unpack(batches.rebuild(batches.some(most)), **batches.naming)
 
 # %% ../../nbs/diagnose/35b_rows.ipynb #f6ab2078
 def tensors_of(

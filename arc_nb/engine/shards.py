@@ -75,23 +75,23 @@ class TensorShare:
     ) -> Iterator[Batch]:
         "The rank's share of every batch of an epoch, from `start` on."
         whole, size = self.whole, self.whole.batch_size
-        order = permutation(whole.rows, whole.seed, number) if whole.shuffle else torch.arange(whole.rows)
+        order = whole.order(number)
         full = whole.rows // size
         per_chunk = max(1, whole.chunk // size)
         for first in range(start, full, per_chunk):
             rows = order[first * size:min(first + per_chunk, full) * size].reshape(-1, size)[:, self.start:self.stop]
-            if rows.numel(): yield from self._cut(rows.reshape(-1), self.stop - self.start)
-            else: yield from (self._last(order[b * size:(b + 1) * size]) for b in range(first, min(first + per_chunk, full)))
-        if start <= full < len(whole): yield self._last(order[full * size:])
+            if rows.numel(): yield from self._cut(rows.reshape(-1), self.stop - self.start, number)
+            else: yield from (self._last(order[b * size:(b + 1) * size], number) for b in range(first, min(first + per_chunk, full)))
+        if start <= full < len(whole): yield self._last(order[full * size:], number)
 
-    def _cut(self, rows: Tensor, size: int) -> Iterator[Batch]:
-        chunk = self.whole._gather(rows, 0, len(rows))
+    def _cut(self, rows: Tensor, size: int, number: int) -> Iterator[Batch]:
+        chunk = self.whole._gather(rows, 0, len(rows), number)
         return self.whole._cut(chunk, size)
 
-    def _last(self, rows: Tensor) -> Batch:
+    def _last(self, rows: Tensor, number: int) -> Batch:
         "Of a batch that is smaller than the others."
         start, stop = bounds(len(rows), self.ranks.data_rank, self.ranks.data_world, self.whole.batch_size)
-        [batch] = self._cut(rows[start:stop] if stop > start else rows[:FEW], len(rows))
+        [batch] = self._cut(rows[start:stop] if stop > start else rows[:FEW], len(rows), number)
         return batch if stop > start else company(batch)
 
 # %% ../../nbs/engine/16b_shards.ipynb #cbca85d3
