@@ -126,7 +126,7 @@ class Preparing(Resuming):
         if found: goal, mine = self._go_back(found, goal, in_all, resume == "force")
         parts = self.setup.parts(goal, history=self.history, status=self.status, controls=self.controls)
         parts.events = (Solo if self.sharded else Events)(self.listeners(), self)
-        if self._keeper: parts.on_save = self._keep
+        if self._keeper or self.other_keepers: parts.on_save = self._keep
         self.path = self.ranks.share(lambda: self._open(found))
         parts.folder = self.path if self.ranks.first else None
         self._watch()

@@ -31,7 +31,7 @@ from .engine.lookout import Parts
 from .engine.scaling import is_scaled
 from .engine.telling import warn
 from .engine.tensors import flatten
-from .runs import plain
+from .runs import plain, read_config
 
 # %% ../nbs/40c_resume.ipynb #8470506f
 COMPARED = ("loss", "step", "optimizer", "lr", "schedule", "batch_size", "accumulate", "clip_norm", "clip_value", "l1", "l2", "groups",
@@ -169,6 +169,7 @@ class Found:
     path: Path
     state: dict[str, Any]
     made: dict[str, Any]  # the fingerprint of its run
+    began: str | None = None  # when its run began, which tells runs apart
 
     @property
     def place(self) -> dict[str, Any]: return self.state["place"]
@@ -196,7 +197,7 @@ def find(
                          f"trainer.load_checkpoint({str(path)!r}) takes its weights and optimizer")
     if metadata.get("broken"):
         warn(f"{path.name} was kept after an error {metadata['broken']}: the run goes on from there, but not to the bit", RuntimeWarning)
-    return Found(path, state, metadata["made"])
+    return Found(path, state, metadata["made"], metadata.get("began"))
 
 def newest_in(
     path: Path,  # a checkpoint, or a run, or a run's folder of checkpoints
@@ -210,10 +211,12 @@ def newest_in(
 
 def home_of(
     path: Path,  # of a checkpoint
+    began: str | None = None,  # when its run began, where that is known
 ) -> Path | None:
-    """The folder of the run that it belongs to; None where it lies outside of one."""
+    """The folder of the run that it belongs to; None where it lies outside of one. A file may lie beside the run's history."""
     folder = path.resolve().parent
-    return folder.parent if folder.name == "checkpoints" else None
+    if folder.name == "checkpoints" and not path.is_file(): return folder.parent
+    return folder if path.is_file() and began and read_config(folder).get("began") == began else None
 
 def check_resume(
     found: Found,

@@ -22,12 +22,13 @@ from torch import nn
 from .engine.checkpoint import sweep, versions
 from .engine.controls import positive
 from .engine.events import Callback, Events, order_table
-from .engine.keeping import Checkpoints
+from .engine.keeping import Checkpoints, Keeper
 from .engine.loop import Loop, place_of
 from .engine.ranks import Ranks
 from .engine.randomness import random_state
 from .engine.saver import Saver
 from .engine.telling import warn
+from .engine.texts import find_texts
 from .resume import Found, beside_weights, data_of, fingerprint, home_of
 from .runs import Source, check_free, describe, find_layers, open_folder, read_config, write_config
 from .setup import Setup
@@ -152,8 +153,8 @@ class Stating(State):
 
     @property
     def own_callbacks(self) -> list[Callback]:
-        """Those that have something to remember: all but what keeps the checkpoints."""
-        return [c for c in self.callbacks_here if not isinstance(c, Checkpoints)]
+        """Those that have something to remember: all but what keeps the states."""
+        return [c for c in self.callbacks_here if not isinstance(c, Keeper)]
 
     def metadata(self) -> dict[str, Any]:
         """What a checkpoint says of itself: where it stands, what was measured there, and with which versions of what."""
@@ -161,7 +162,7 @@ class Stating(State):
         measured = {name: self.history.measured(name, self.step) for name in columns}
         return {"step": self.step, "epoch": self.epoch, "monitors": {k: v for k, v in measured.items() if v is not None},
                 "broken": self.loop.broken if self.loop else "", "made": self.fingerprint(), "versions": versions(),
-                "time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+                "time": time.strftime("%Y-%m-%d %H:%M:%S %z"), "began": read_config(self.path).get("began") if self.path else None}
 
     def fingerprint(self) -> dict[str, Any]:
         """What the run is made of, in plain types: settings, data, callbacks."""
@@ -201,11 +202,21 @@ class Listening(Stating):
     def _keep(self, now: bool = False) -> None:
         """A checkpoint of this moment, between two steps; all processes bring what they have, and the first writes it."""
         keeper = self._keeper
-        if keeper is None or not self.ranks.agree(now or keeper.due(self)): return
-        with self.all_together("pieces" if self.sharded else "whole"):
-            if not self.ranks.first: self._follow()
-            elif now: keeper.now(self)
-            else: keeper.save(self)
+        if keeper is not None and self.ranks.agree(now or keeper.due(self)):
+            with self.all_together("pieces" if self.sharded else "whole"):
+                if not self.ranks.first: self._follow()
+                elif now: keeper.now(self)
+                else: keeper.save(self)
+        for other in self.other_keepers:
+            if not self.ranks.agree(other.due(self)): continue
+            with self.all_together():
+                if self.ranks.first: other.save(self)
+                else: self.state_dict()
+
+    @property
+    def other_keepers(self) -> list[Keeper]:
+        """Who keeps states beside the checkpoints, in files of their own: whole ones, whatever the processes."""
+        return [c for c in self.callbacks if isinstance(c, Keeper) and not isinstance(c, Checkpoints)]
 
     def _follow(self) -> None:
         """What the other processes do while the first keeps a checkpoint."""
@@ -234,7 +245,7 @@ class Foldered(Listening):
     def _open(self, found: Found | None = None) -> Path | None:
         """Makes the run's folder at the first fit, or opens that of the run that goes on."""
         if not self.folder: return None
-        home = home_of(found.path) if found else None
+        home = home_of(found.path, found.began) if found else None
         mine = home is not None and home == (self.path or self.folder.resolve())
         if found and not mine and self.path:
             raise ValueError(f"this Trainer has a run of its own in {self.path}: make a new one to go on from {found.path}")
@@ -245,6 +256,9 @@ class Foldered(Listening):
             if not mine and (home / "layers.jsonl").exists(): shutil.copy(home / "layers.jsonl", path / "layers.jsonl")
             self.layers = find_layers(path)
             if self.layers: self.layers.rewind(self.status.step)
+            if not mine and (home / "samples.jsonl").exists(): shutil.copy(home / "samples.jsonl", path / "samples.jsonl")
+            self.texts = find_texts(path)
+            if self.texts: self.texts.rewind(self.status.step)
             self.history.rewind(found.place["history"])
         elif found: warn(f"{found.path} lies outside of its run: the history begins at step {self.step}")
         self.status.write(path)  # alive from the first moment, for whoever looks from elsewhere

@@ -18,6 +18,7 @@ from .engine.checkpoint import best_good, newest_good, read_checkpoint, restore,
 from .engine.controls import Controls
 from .engine.events import Callback, check_callback
 from .engine.history import History, Status
+from .engine.onefile import write_one
 from .engine.probe import summary
 from .engine.randomness import seeded
 from .engine.scaling import SCALED, is_scaled
@@ -83,7 +84,7 @@ class Keeping(Using):
 
     def save_checkpoint(
         self,
-        path: str | Path | None = None,  # a new folder; None: among the checkpoints of the run
+        path: str | Path | None = None,  # a new folder, or a file x.pt; None: among the checkpoints of the run
     ) -> Path | None:
         """Keeps the state of now, and returns where. While training it is a request, obeyed after the step, and returns None."""
         if path is not None and self._thread: raise ValueError("while training, a checkpoint goes into the run's folder: leave path out")
@@ -95,8 +96,10 @@ class Keeping(Using):
         return self._keeper.saver.latest if self._keeper.saver else None
 
     def _write(self, path: Path) -> Path:
-        if path.exists(): raise ValueError(f"{path} exists already: a checkpoint is a new folder")
+        if path.exists() and (path.is_dir() or path.suffix != ".pt"):
+            raise ValueError(f"{path} exists already: a checkpoint is a new folder, or a file x.pt")
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".pt": return write_one(path, self.state_dict(), self.metadata())
         return write_checkpoint(path.parent, self.state_dict(), self.metadata()).rename(path)
 
     def load_checkpoint(

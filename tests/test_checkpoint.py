@@ -569,7 +569,7 @@ def test_there_is_a_checkpoint_and_a_model_of_every_format():
     for number in range(1, FORMAT + 1): assert {f"{number}", f"{number}-model"} <= names
 
 
-@pytest.mark.parametrize("name", ["1.pt", "2", "2-compressed"])
+@pytest.mark.parametrize("name", ["1.pt", "2", "2.pt", "2-compressed"])
 def test_checkpoints_of_every_format_are_read(name: str):
     state, metadata = read_checkpoint(FORMATS / name)
     assert metadata["format"] == int(name[0]) and (metadata["step"], metadata["epoch"]) == (state["step"], state["epoch"]) == (6, 2)

@@ -6,10 +6,10 @@ Docs: https://arc-nb.github.io/arc_nb/engine/checkpoint.html.md"""
 
 # %% auto #0
 __all__ = ['MANIFEST', 'SHARDS', 'USED', 'canonical', 'sealed', 'read_manifest', 'check', 'verify', 'versions', 'part',
-           'tensor_part', 'model_first', 'aliases', 'write_parts', 'begin', 'finish', 'write_checkpoint', 'number_of',
-           'listed', 'sweep', 'tensors_in', 'ours', 'read_parts', 'whole_shards', 'read_checkpoint', 'leave_out',
-           'is_good', 'metadata_of', 'newest_good', 'scores', 'ranked', 'best_good', 'proves', 'remove', 'prune',
-           'is_used', 'prepare_folder', 'snapshot', 'restore']
+           'tensor_part', 'model_first', 'aliases', 'told', 'write_parts', 'begin', 'finish', 'write_checkpoint',
+           'number_of', 'listed', 'sweep', 'tensors_in', 'ours', 'read_parts', 'whole_shards', 'read_checkpoint',
+           'leave_out', 'is_good', 'metadata_of', 'newest_good', 'scores', 'ranked', 'best_good', 'proves', 'remove',
+           'prune', 'is_used', 'prepare_folder', 'snapshot', 'restore']
 
 # %% ../../nbs/engine/09_checkpoint.ipynb #54a94f82
 import gzip
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from .packing import (DAMAGE, FORMAT, Hashed, digest, flush_folder, flushed, pack, read_file, read_tensors, too_new,
                                    unpack, write_tensors)
+from .single import is_single, read_single
 from .telling import warn
 
 # %% ../../nbs/engine/09_checkpoint.ipynb #74a32c97
@@ -137,6 +138,12 @@ def aliases(
     return {}
 
 # %% ../../nbs/engine/09_checkpoint.ipynb #3078910e
+def told(
+    metadata: dict[str, Any],
+) -> dict[str, Any]:
+    """What the checkpoint says of itself, with format and versions, as JSON has it; TypeError for what JSON cannot hold."""
+    return json.loads(json.dumps({"format": FORMAT, "versions": versions(), **metadata}), parse_constant=lambda name: None)
+
 def write_parts(
     folder: Path,  # of the checkpoint
     structure: Any,  # of the state, as `pack` gave it
@@ -152,8 +159,7 @@ def write_parts(
     tensor_part(folder / "model.safetensors", weights, {"format": "pt", **tied}, files, compress)
     tensor_part(folder / "state.safetensors", rest, {"format": "pt"}, files, compress)
     with part(folder / "state.json", files) as file: file.write(json.dumps(structure, separators=(",", ":")).encode())
-    told = json.loads(json.dumps({"format": FORMAT, "versions": versions(), **metadata}), parse_constant=lambda name: None)
-    with part(folder / "metadata.json", files) as file: file.write(json.dumps(told, indent=1).encode())
+    with part(folder / "metadata.json", files) as file: file.write(json.dumps(told(metadata), indent=1).encode())
     return files
 
 # %% ../../nbs/engine/09_checkpoint.ipynb #h3208287
@@ -260,13 +266,15 @@ def whole_shards(
 
 # %% ../../nbs/engine/09_checkpoint.ipynb #h3207920
 def read_checkpoint(
-    path: str | Path,  # a checkpoint's folder, or a single file: of format 1, or from `write_file`
+    path: str | Path,  # a checkpoint's folder, or a file: from `write_one`, from `write_file`, or of format 1
     device: str | torch.device = "cpu",  # where its tensors are put
     proven: bool = False,  # whether it has just been verified
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """State and metadata; FileNotFoundError, or ValueError naming the file that is damaged. It runs no code."""
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"there is no checkpoint {path}")
+    if is_single(path):
+        with ours(path): return (content := read_single(path, device))["state"], content["metadata"]
     if path.is_file():
         state = read_file(path, device)
         return state, {"format": 1 if zipfile.is_zipfile(path) else FORMAT, **{k: state[k] for k in ("step", "epoch") if k in state}}

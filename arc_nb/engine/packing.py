@@ -292,7 +292,7 @@ def old_file(
     try: state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error: raise ValueError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict) or "format" not in state: raise ValueError(f"{path} is no file of arc_nb: it has no format number")
-    if state.pop("format") != 1: raise ValueError(f"{path} is no file of arc_nb: the zip files of torch's are format 1")
+    if state.pop("format") != 1: raise ValueError(f"{path} is a checkpoint in one file, damaged at its end, or no saved model of arc_nb")
     return state
 
 def read_file(
