@@ -35,6 +35,7 @@ from .engine.worker import WHOLE
 from .preparing import Preparing
 from .relay import Ear, Relay, Told, telling
 from .resume import on_device, put_callbacks, put_model, put_training
+from .engine.texts import find_texts
 from .runs import find_layers
 
 # %% ../nbs/40dc_processes.ipynb #241cc337
@@ -62,7 +63,7 @@ class Luggage:
     at: tuple[int, int]                # step and epoch
     base_lrs: list[float]
 
-OWN = ("name", "folder", "path", "horizon", "_settings", "_lr", "_random", "_place", "layers")
+OWN = ("name", "folder", "path", "horizon", "_settings", "_lr", "_random", "_place", "layers", "texts")
 
 ONCE = ("{what} is a {kind}, which can be read only once, and several processes each read the data: give a list of batches, a Dataset, a "
         "DataLoader or an object whose __iter__ begins anew")
@@ -141,8 +142,8 @@ def brought(
     callbacks = [movable(c, trainer) for c in trainer.callbacks]
     made = trainer.setup.given["schedule"]  # perhaps an object of the person's
     scheduler = made.state_dict() if isinstance(made, LRScheduler) else None
-    return {"state": state, "callbacks": callbacks, "scheduler": scheduler, "layers": trainer.layers, "path": trainer.path,
-            "history": trainer.history, "position": trainer.history.position(), "status": telling(trainer.status)}
+    return {"state": state, "callbacks": callbacks, "scheduler": scheduler, "layers": trainer.layers, "texts": trainer.texts,
+            "path": trainer.path, "history": trainer.history, "position": trainer.history.position(), "status": telling(trainer.status)}
 
 def shared(
     trainer: Any,  # here or there
@@ -254,7 +255,7 @@ class Returning(Preparing):
         put_model(self.model, self.setup.given["loss"], {**state, "raw": {}})
         if state["optimizer"]: put_training(self.setup, state)
         self.setup.base_lrs, self.horizon, self._place = list(state["base_lrs"]), state["horizon"], state.get("place")
-        self._random, self.path, self.layers = state["random"], back["path"], back["layers"]
+        self._random, self.path, self.layers, self.texts = state["random"], back["path"], back["layers"], back["texts"]
         if back["scheduler"]: self.setup.given["schedule"].load_state_dict(back["scheduler"])
         known = shared(self)
         for mine, theirs in zip(self.callbacks, back["callbacks"]): vars(mine).update(on_device(theirs.open(known=known), device))
@@ -262,7 +263,7 @@ class Returning(Preparing):
         if self.path:
             self.history.path = self.path / "history.jsonl"
             self.history.rewind(back["position"])
-            self.layers = find_layers(self.path) or self.layers
+            self.layers, self.texts = find_layers(self.path) or self.layers, find_texts(self.path) or self.texts
         vars(self.status).update(back["status"])
 
     def _stand_at(self, path: Path) -> None:
@@ -283,7 +284,7 @@ class Returning(Preparing):
     def _as_before(self, luggage: Luggage, series: dict[Any, Any]) -> None:
         """Nothing has come back: history and numbers are those of the weights that are here."""
         self.status.step, self.status.epoch = luggage.at
-        self.history.series_by_name, self.layers = series, luggage.own["layers"]
+        self.history.series_by_name, self.layers, self.texts = series, luggage.own["layers"], luggage.own["texts"]
         if self.history.path: self.history.rewind(luggage.position)
 
     def _lost(self, error: BaseException, ear: Ear, luggage: Luggage, series: dict[Any, Any]) -> None:

@@ -37,6 +37,7 @@ class Relay(Callback):
     order = 90
     def __init__(self, line: Any):  # the Channel to the notebook
         self.line, self.seen, self.layers, self.ended = line, {}, 0, threading.Event()  # type: ignore[var-annotated]
+        self.newest: Any = None  # text that was told
 
     def on_fit_start(self, trainer: Any) -> None:
         self.seen = {key: len(series) for key, series in trainer.history.series_by_name.items()}
@@ -56,6 +57,8 @@ class Relay(Callback):
         news = {"rows": trainer.history.news(self.seen), "status": telling(trainer.status)}
         if trainer.layers is not None and len(trainer.layers.steps) != self.layers:
             self.layers, news["layers"] = len(trainer.layers.steps), trainer.layers
+        if trainer.texts is not None and trainer.texts.newest is not self.newest:
+            self.newest, news["texts"] = trainer.texts.newest, trainer.texts
         self.line.send(Told("news", news))
 
     def on_tick(self, trainer: Any) -> None: self.tell(trainer)
@@ -80,6 +83,7 @@ class Ear:
         if kind == "news":
             self.source.history.put(value["rows"])
             self.source.layers = value.get("layers", self.source.layers)
+            if "texts" in value: self.source.texts = value["texts"]
         if kind in ("begun", "news"): vars(self.source.status).update(value["status"])
 
     def asked(self) -> Requests | None:

@@ -24,6 +24,7 @@ from torch import nn
 from .engine.checkpoint import is_used, prepare_folder, versions
 from .engine.controls import FileControls
 from .engine.history import History, Status
+from .engine.texts import Texts, find_texts
 from .settings import settings
 
 # %% ../nbs/39_runs.ipynb #55857926
@@ -61,6 +62,7 @@ class Source:
     controls: Any
     live: "Board | None" = None  # the board of the fit that goes on
     layers: "Layers | None" = None  # what was measured in the layers, where somebody watched them
+    texts: Texts | None = None  # that the model wrote, where somebody let it write
     compared: tuple[str, ...] = ()  # folders of earlier runs, drawn behind this one
 
     def board(
@@ -101,12 +103,13 @@ class Run(Source):
         self.folder, self.name = self.path, self.path.resolve().name
         self.history, self.status = History.read(self.path), Status.read(self.path)
         self.controls: Any = FileControls(self.path)
-        self.layers = find_layers(self.path)
+        self.layers, self.texts = find_layers(self.path), find_texts(self.path)
 
     def refresh(self) -> None:
         """Reads what is new."""
         self.history.refresh()
         self.layers = self.layers.refresh() if self.layers else find_layers(self.path)
+        self.texts = self.texts.refresh() if self.texts is not None else find_texts(self.path)
         self.status = Status.read(self.path)
 
 # %% ../nbs/39_runs.ipynb #dae4946f

@@ -1,5 +1,5 @@
-// The live board of arc_nb: one anywidget. It draws what `arc_nb/watch/widget.py` puts into three traits and sends what is clicked.
-//   board: JSON text, see `layout` in that chapter     data: float32 x and y of the run's lines, then of the cards     past: of the earlier runs     maps: of the layers' heat maps
+// The live board of arc_nb: one anywidget. It draws what `arc_nb/watch/widget.py` puts into its traits and sends what is clicked.
+//   board: JSON text, see `layout` in that chapter     data: float32 x and y of the run's lines, then of the cards     past: of the earlier runs     maps: of the layers' heat maps     texts: JSON, what the model wrote, the newest first
 import uPlot from "uplot";
 import uplotCss from "uplot/dist/uPlot.min.css";
 import css from "./board.css";
@@ -375,6 +375,24 @@ function unmap(list, numbers) {  // [{rows, columns, ..}] -> the same with value
   }
 }
 
+// ---------------------------------------------------------------- what the model wrote
+class Texts {  // the newest first; earlier ones fainter, in a box that scrolls
+  constructor(root) {
+    this.root = root; this.told = ""; root.hidden = true;
+    const head = make("div", "head", root);
+    make("b", "", head, "Text"); make("span", "", head, "written by the model, newest first");
+    this.list = make("div", "list", root);
+    this.list.tabIndex = 0; this.list.setAttribute("role", "log"); this.list.setAttribute("aria-label", "texts that the model wrote, newest first");
+  }
+  draw(told) {
+    if (told === this.told) return;
+    this.told = told;
+    const list = told ? JSON.parse(told) : [];
+    this.root.hidden = !list.length;
+    this.list.replaceChildren(...list.flatMap(([title, text]) => [make("span", "at", null, title), make("div", "text", null, text.trimEnd())]));
+  }
+}
+
 // ---------------------------------------------------------------- the board
 function render({ model, el }) {
   const root = make("div", "arc-board", el);
@@ -415,7 +433,7 @@ function render({ model, el }) {
   make("b", "", head, "Loss");
   const log = make("button", "log", head, "log"), legend = make("span", "legend", head), box = make("div", "chart", section);
   log.type = "button"; log.setAttribute("aria-label", "logarithmic axis");
-  const quiet = make("div", "quiet", box, "waiting for the first step"), tip = make("div", "tip", box), aside = make("aside", "", main), maps = new Maps(make("div", "layers", root)), note = make("div", "note", root);
+  const quiet = make("div", "quiet", box, "waiting for the first step"), tip = make("div", "tip", box), aside = make("aside", "", main), maps = new Maps(make("div", "layers", root)), texts = new Texts(make("section", "texts", root)), note = make("div", "note", root);
   tip.hidden = true;
   const chart = new Chart(box, tip);
   chart.log = model.get("log");
@@ -462,7 +480,7 @@ function render({ model, el }) {
     names();
     quiet.hidden = view.lines.some((line) => line.n); quiet.style.display = quiet.hidden ? "none" : "";
     cards(aside, view.cards, view.span); put(note, view.message);
-    chart.draw(view); maps.draw(view.heats);
+    chart.draw(view); maps.draw(view.heats); texts.draw(model.get("texts") || "");
     root.dataset.step = String(view.step || 0); root.dataset.points = String(view.points || 0); root.dataset.state = view.state;
   }
 
@@ -479,10 +497,10 @@ function render({ model, el }) {
     update();
   };
   const soon = () => { if (!frame) frame = requestAnimationFrame(read); };
-  for (const name of ["board", "data", "past", "maps"]) model.on(`change:${name}`, soon);
+  for (const name of ["board", "data", "past", "maps", "texts"]) model.on(`change:${name}`, soon);
   theme(); read();
   return () => {
-    for (const name of ["board", "data", "past", "maps"]) model.off(`change:${name}`, soon);
+    for (const name of ["board", "data", "past", "maps", "texts"]) model.off(`change:${name}`, soon);
     cancelAnimationFrame(frame); watcher.disconnect(); system.removeEventListener("change", theme); chart.destroy(); maps.destroy();
   };
 }

@@ -9,11 +9,13 @@ __all__ = ['template', 'series', 'loss_traces', 'log_button', 'history', 'schedu
 
 # %% ../../nbs/draw/23_charts.ipynb #26bf7863
 from typing import TYPE_CHECKING, Any
+import warnings
 import numpy as np
 from .curves import Thinned
 from .heat import Heat, coded, panel_height
 from .still import BoardView
 from .svg import FONT, THEMES, Line, can_log, cut
+from .texts import ROW, panel_height as texts_height, shaped
 
 # %% ../../nbs/draw/23_charts.ipynb #c532e67a
 if TYPE_CHECKING: import pandas as pd
@@ -110,7 +112,8 @@ def png(view: BoardView,       # what is shown
     from io import BytesIO
     from matplotlib.figure import Figure
     c, out = THEMES[theme], BytesIO()
-    below = panel_height(view.heats) / 100  # inches
+    written = texts_height(view.texts) / 100  # inches
+    below = panel_height(view.heats) / 100 + written
     high = 3.9 + below
     up = lambda y: (3.9 * y + below) / high  # parts of the board to parts of the picture
     figure = Figure(figsize=(8, high), dpi=110, facecolor=c["bg"])
@@ -127,8 +130,12 @@ def png(view: BoardView,       # what is shown
     _texts(view, lambda x, y, text, ink, size, **how: figure.text(x, up(y), text.replace("$", r"\$"), color=c[ink], fontsize=size, **how))
     for i, one in enumerate(view.heats):
         wide = .83 / len(view.heats)
-        _cells(figure.add_axes((.14 + i * wide, .25 / high, wide - .02, (below - .68) / high), facecolor=c["bg"]), one, c, named=i == 0)
-    figure.savefig(out, format="png", facecolor=c["bg"])
+        place = .14 + i * wide, (.25 + written) / high, wide - .02, (below - written - .68) / high
+        _cells(figure.add_axes(place, facecolor=c["bg"]), one, c, named=i == 0)
+    _passages(view, lambda x, y, text, ink, **how: figure.text(x, y / high, text.replace("$", r"\$"), color=c[ink], **how))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # letters of other scripts become boxes
+        figure.savefig(out, format="png", facecolor=c["bg"])
     return out.getvalue()
 
 def _texts(view: BoardView, say: Any) -> None:
@@ -139,6 +146,14 @@ def _texts(view: BoardView, say: Any) -> None:
     for i, card in enumerate(view.cards[:6]):
         say(.77, .74 - i * .12, card.title, "faint", 8)
         say(.97, .74 - i * .12, f"{card.value} {card.unit}", "fg", 10, weight="bold", ha="right")
+
+def _passages(view: BoardView, say: Any) -> None:
+    "What the model wrote; `say` takes x in parts of the picture, y in inches from below, text and ink."
+    y, how = texts_height(view.texts) / 100 - .1, {"fontsize": 7.5, "va": "top", "linespacing": 1.45}
+    for i, (title, lines) in enumerate(shaped(view.texts)):
+        say(.03, y, title, "faint", **how)
+        say(.14, y, "\n".join(lines), "faint" if i else "fg", family="monospace", **how)
+        y -= (ROW * len(lines) + 7) / 100
 
 def _cells(axes: Any, one: Heat, c: dict[str, str], named: bool) -> None:
     "One heat map: the same shades as in the SVG."

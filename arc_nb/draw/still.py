@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from .heat import Heat, panel, panel_height
 from .svg import STATES, Box, Line, can_log, cut, legend, picture, plot, rich, sparkline, tag, words
+from .texts import Passage, panel as texts_panel, panel_height as texts_height
 
 # %% ../../nbs/draw/22_still.ipynb #934d5f49
 @dataclass
@@ -39,6 +40,7 @@ class BoardView:
     log: bool = True
     message: str = ""
     heats: list[Heat] = field(default_factory=list)                 # of the layers, side by side
+    texts: list[Passage] = field(default_factory=list)              # that the model wrote, the newest first
 
     @property
     def span(self) -> tuple[float, float]:
@@ -114,13 +116,15 @@ def board(view: BoardView,        # what
     side = 190 if view.cards else 0
     right = width - 18 - (side + 18 if side else 0)
     log = view.log and can_log(view.lines)
-    below = round(388 + panel_height(view.heats))
-    height = below + (40 if view.message else 0) + (8 if view.heats else 0)
+    under = round(388 + panel_height(view.heats)) + (8 if view.heats else 0)     # where the texts begin
+    below = under + round(texts_height(view.texts))
+    height = below + (40 if view.message else 0) + (6 if view.texts else 0)
     head = rich(18, 106, [("Loss", "fg", 600, 0.), ("log" if log else "", "faint", None, 8.)])
     loss = plot(view.lines, Box(62, 122, right - 4, 340), log=log, x_range=view.span, x_label="step", epochs=view.epochs, bad=view.bad,
                 empty="waiting for the first step")
     cards = card_column(view.cards, Box(width - 18 - side, 88, width - 18, 376), view.span)
-    layers = panel(view.heats, Box(18, 384, width - 18, below)) if view.heats else ""
+    layers = panel(view.heats, Box(18, 384, width - 18, under - 8)) if view.heats else ""
     label = f"{view.title}: {view.state}. " + ". ".join(f.replace("**", "") for f in view.facts)
     return picture(width, height, header(view, width), fact_line(view.facts, 72), head, legend(view.lines, right, 106), loss, cards,
-                   layers, note(view.message, below - (2 if view.heats else 10), width), theme=theme, label=label)
+                   layers, texts_panel(view.texts, under - 6), note(view.message, below - (0 if view.texts else 10), width), theme=theme,
+                   label=label)

@@ -11,6 +11,7 @@ __all__ = ['length_of', 'Parts', 'Lookout', 'obey', 'do_asked', 'Abandoned', 'Un
 # %% ../../nbs/engine/12_lookout.ipynb #8b57e000
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -93,6 +94,7 @@ class Lookout:
         self.final = ""  # why there is nothing to resume, where the run decided to end
         self.budget = goal.max_seconds  # of training in all
         self.seen = (0, 0.0)  # rows and seconds when the speed was last measured
+        self.left = 0.0  # seconds of this epoch that were not training
         self.outcome: Outcome | None = None  # of the last step
         self.told = False  # that the folder cannot be written
         self.busy: list[Sequence[float]] = []  # of recent steps: seconds that each rank needed for its own
@@ -112,7 +114,15 @@ class Lookout:
 
     def leave_out(self) -> None:
         """The time since `settle` was not training (validation, checkpoints): it does not slow the speed."""
-        self.seen = (self.seen[0], self.seen[1] + self.count_time())
+        passed = self.count_time()
+        self.seen, self.left = (self.seen[0], self.seen[1] + passed), self.left + passed
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What a listener does inside is not training either: a text that the model writes does not slow the speed."""
+        self.settle(wait=True)
+        try: yield
+        finally: self.leave_out()
 
     def look(self) -> None:
         """History, status, requests from outside, listeners."""

@@ -139,6 +139,7 @@ class Epochs(Steps):
         parts, lookout, status = self.parts, self.lookout, self.parts.status
         status.epoch += 1
         lookout.leave_out()
+        lookout.left = 0.0
         self.at = Within(True, first_step=status.step, rows=lookout.rows, seconds=status.elapsed, lr=self.at.lr)
         lookout.recorder.begin_epoch()
         self._go_on_drawing()
@@ -166,7 +167,8 @@ class Epochs(Steps):
         lookout.settle(wait=True)
         at.mark = parts.history.position()
         took, rows, mean = status.elapsed - at.seconds, lookout.rows - at.rows, lookout.recorder.epoch_mean()
-        status.samples_per_second = rows / took if took > 0 else None
+        trained = took - lookout.left  # without validations in the middle of the epoch
+        status.samples_per_second = rows / trained if trained > 0 else None
         if self._valid_is_due(): self._validate()
         row = {"train_loss": mean, "data_seconds": at.waiting, "seconds": took, "samples_per_second": status.samples_per_second}
         log_epoch(parts, row, at.measuring)
