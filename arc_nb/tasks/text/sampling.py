@@ -133,13 +133,15 @@ class Sampling:
         return pick(chances, torch.cat([torch.rand(n, generator=g, dtype=torch.float64) for n, g in own]))
 
 # %% ../../../nbs/tasks/79_sampling.ipynb #c658a8bd
-def _panel(way: Sampling, chances: list[float], own: list[float], names: str | Sequence[str], left: float) -> str:
+def _titles(way: Sampling) -> list[str]:
+    "A line a setting."
+    return [k if isinstance(v, bool) else f"{k.replace('_', '-')} {v:g}" for k, v in way.options.items()] or ["as the model says"]
+
+def _panel(titles: list[str], chances: list[float], own: list[float], names: Sequence[str], left: float, top: float) -> str:
     "One column of bars; an outline shows the model's own probabilities."
-    told = [k if isinstance(v, bool) else f"{k.replace('_', '-')} {v:g}" for k, v in way.options.items()]
-    title = ", ".join(told) or "as the model says"
-    parts = [words(left + 18, 26, title, "fg", 12, weight=600)]
+    parts = [words(left + 18, 26 + 15 * k, title, "fg", 12, weight=600) for k, title in enumerate(titles)]
     for row, (p, q) in enumerate(zip(chances, own)):
-        y = 40. + 17 * row
+        y = top + 17 * row
         name = "␣" if names[row] == " " else "↵" if names[row] == "\n" else names[row]
         parts += [words(left + 8, y + 10, name, "fg" if p else "faint", 12, "middle"),
                   tag("rect", x=left + 18, y=y, width=max(1., 110 * q), height=12., fill="none", stroke="@ghost", stroke_width=1),
@@ -160,6 +162,8 @@ def sampling_picture(
     order = own.sort(dim=-1, descending=True, stable=True).indices[:most]
     shown = [names[i] for i in order.tolist()]
     found = [way.probabilities(logits)[0, order].tolist() for way in ways]
-    panels = [_panel(way, found[k], own[order].tolist(), shown, 16. + 176 * k) for k, way in enumerate(ways)]
-    return picture(16 + 176 * len(ways), 52 + 17 * len(order), *panels, theme=theme,
+    titles = list(map(_titles, ways))
+    top = 25. + 15 * max(map(len, titles))
+    panels = [_panel(titles[k], found[k], own[order].tolist(), shown, 16. + 176 * k, top) for k in range(len(ways))]
+    return picture(16 + 176 * len(ways), top + 12 + 17 * len(order), *panels, theme=theme,
                    label="probabilities of the next token under several settings")
