@@ -193,8 +193,9 @@ def find(
     """What it holds, to go on from. FileNotFoundError, or ValueError for a damaged one, or one without a place in the data."""
     state, metadata = read(path, proven=proven)
     if "place" not in state:
+        instead = "load_checkpoint({!r}) takes its weights and optimizer" if "optimizer" in state else "restore({!r}) takes its weights"
         raise ValueError(f"{path} does not say where in the data it stood, so fit(resume=) cannot go on from it; "
-                         f"trainer.load_checkpoint({str(path)!r}) takes its weights and optimizer")
+                         f"trainer.{instead.format(str(path))}")
     if metadata.get("broken"):
         warn(f"{path.name} was kept after an error {metadata['broken']}: the run goes on from there, but not to the bit", RuntimeWarning)
     return Found(path, state, metadata["made"], metadata.get("began"))

@@ -289,6 +289,7 @@ def old_file(
     device: str | torch.device,
 ) -> dict[str, Any]:
     """What a file of format 1 holds; ValueError for another zip file. `weights_only` refuses what would run code."""
+    if not zipfile.is_zipfile(path): raise ValueError(f"{path} is damaged: its end is missing")
     try: state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error: raise ValueError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict) or "format" not in state: raise ValueError(f"{path} is no file of arc_nb: it has no format number")
