@@ -21,7 +21,7 @@ from .history import History
 from .telling import warn
 
 # %% ../../nbs/engine/13_callbacks.ipynb #78bed6e8
-SMALLER = ("loss", "mae", "mse", "rmse", "mape", "smape", "perplexity", "error", "nll", "seconds")
+SMALLER = ("loss", "mae", "mse", "rmse", "mape", "smape", "perplexity", "bits_per_char", "error", "nll", "seconds")
 
 def direction(
     monitor: str,  # such as "valid_accuracy"
