@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...engine.lookup import unknown
 from ...engine.randomness import keyed_seed
+from ...engine.step import evaluating
 from ...engine.telling import warn
 from .beams import beam_search
 from .context import Context, placed
@@ -45,7 +46,8 @@ def fitting(
     if size != tokenizer.size:
         raise ValueError(f"the model knows {size} tokens and the tokenizer {tokenizer.size}: they do not belong together. Take the tokenizer "
                          "that was saved with the model.")
-    if sampling.top_k and sampling.top_k >= size: warn(f"top_k={sampling.top_k} keeps all {size} tokens of this model: it has no effect.")
+    if sampling.top_k and sampling.top_k >= size:
+        warn(f"top_k={sampling.top_k} keeps all {size} tokens of this model: it has no effect.")
 
 # %% ../../../nbs/tasks/79b_generating.ipynb #2f94958a
 def _pieces(
@@ -91,7 +93,7 @@ def generate(
         written = [prompt + beam.text for beam in found[:count]]
     else:
         texts = [Text(tokenizer, stops(stop)) for _ in range(count)]
-        parts = list(_pieces(model, tokenizer, prompt, most, sampling, texts, seed_or_fresh(seed), cache, device))
+        with evaluating(model): parts = list(_pieces(model, tokenizer, prompt, most, sampling, texts, seed_or_fresh(seed), cache, device))
         written = [prompt + "".join(part[k] for part in parts) for k in range(count)]
     return written[0] if num_samples == 1 else written
 
