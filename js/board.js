@@ -120,7 +120,7 @@ class Chart {
       points: line.dots ? { show: line.n <= 80, size: 7, width: 1.8, fill: () => this.color("bg"), stroke: () => this.color(line.role) } : { show: line.n === 1, size: 5 },
     }));
     return {
-      ...this.size(), legend: { show: false }, padding: [8, 10, 0, 0],
+      ...this.size(), legend: { show: false }, padding: [8, 19, 0, 0],
       cursor: {
         y: false, drag: { x: true, y: false, setScale: false }, bind: { dblclick: () => () => { this.zoom = null; this.draw(); return null; } },
         points: { size: (u, i) => (lines[i - 1].role === "raw" ? 0 : 7) },
@@ -389,7 +389,7 @@ class Texts {  // the newest first; earlier ones fainter, in a box that scrolls
     this.told = told;
     const list = told ? JSON.parse(told) : [];
     this.root.hidden = !list.length;
-    this.list.replaceChildren(...list.flatMap(([title, text]) => [make("span", "at", null, title), make("div", "text", null, text.trimEnd())]));
+    this.list.replaceChildren(...list.flatMap(([title, text]) => [make("span", "at", null, title), make("div", "text", null, text.replace(/^\n+/, "").trimEnd())]));
   }
 }
 

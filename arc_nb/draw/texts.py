@@ -37,7 +37,7 @@ def wrapped(text: str,         # any characters
     "The first lines of a text, long ones broken; … where more follows."
     if any(unicodedata.east_asian_width(c) in "WF" for c in text): wide //= 2
     lines: list[str] = []
-    for line in clean(text[:wide * (most + 1)]).split("\n"):
+    for line in clean(text.lstrip("\r\n")[:wide * (most + 1)]).split("\n"):
         lines += textwrap.wrap(line, wide, replace_whitespace=False) or [""]
     while lines and not lines[-1]: lines.pop()
     if len(lines) <= most: return lines or [""]
