@@ -10,6 +10,7 @@ __all__ = ['OWN', 'ONCE', 'UNSENT', 'STRANGE', 'TOLD', 'Plan', 'Luggage', 'parce
            'divided', 'Returning', 'Sending']
 
 # %% ../nbs/40dc_processes.ipynb #aa7d91a2
+import signal
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from .engine.checkpoint import newest_good, read_checkpoint
+from .engine.controls import signals_stop
 from .engine.events import Callback
 from .engine.goal import Goal
 from .engine.history import History
@@ -321,8 +323,10 @@ class Sending(Returning):
         self.loop, self._thread, self.status.state, self.status.message = None, threading.current_thread(), "starting", ""
         try:
             if board: board.on_fit_start(self)
-            [back, *_] = launch(train_there, (type(self), parcel, plan), None, count, devices=devices, on_message=ear.hear, asked=ear.asked,
-                                on_tick=lambda: board.on_tick(self) if board else None, on_interrupt=self._interrupted, first_only=True)
+            with signals_stop(self.controls, [signal.SIGTERM]):  # launch itself hears the interrupts
+                [back, *_] = launch(train_there, (type(self), parcel, plan), None, count, devices=devices, on_message=ear.hear,
+                                    asked=ear.asked, on_tick=lambda: board.on_tick(self) if board else None,
+                                    on_interrupt=self._interrupted, first_only=True)
             self._take_back(back)
         except BaseException as error:
             self._lost(error, ear, luggage, series)

@@ -6,7 +6,7 @@ Docs: https://arc-nb.github.io/arc_nb/engine/controls.html.md"""
 
 # %% auto #0
 __all__ = ['Requests', 'merged', 'positive', 'Controls', 'pass_to', 'FileControls', 'Inbox', 'obey_line', 'signals_stop',
-           'unbroken']
+           'exit_code', 'unbroken']
 
 # %% ../../nbs/engine/02_controls.ipynb #f00a35ab
 import json
@@ -159,8 +159,9 @@ def obey_line(
 @contextmanager
 def signals_stop(
     controls: Controls,  # who is asked to stop
+    numbers: Sequence[int] = (signal.SIGINT, signal.SIGTERM),
 ) -> Iterator[None]:
-    """While inside, SIGINT and SIGTERM ask for a stop; a second SIGINT raises KeyboardInterrupt."""
+    """While inside, these signals ask for a stop; a second SIGINT raises KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
         yield; return
     heard: list[int] = []
@@ -171,11 +172,18 @@ def signals_stop(
         state = "interrupted" if number == signal.SIGINT else "terminated"
         controls.stop(f"{state} by {signal.Signals(number).name}", state)
 
-    heeded = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, on_signal) for number in heeded}  # what is ignored stays so, as in a process of many
     try: yield
     finally:
         for number, handler in before.items(): signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+# %% ../../nbs/engine/02_controls.ipynb #c34e6cb5
+def exit_code(
+    state: str,  # how a run has ended, as its status says
+) -> int:
+    """What a program gives back to its shell: 128 and the number of the signal that ended it, 1 where it failed, else 0."""
+    return {"interrupted": 128 + signal.SIGINT, "terminated": 128 + signal.SIGTERM, "failed": 1}.get(state, 0)
 
 # %% ../../nbs/engine/02_controls.ipynb #c217794c
 @contextmanager
