@@ -9,6 +9,7 @@ __all__ = ['Setting', 'allowed', 'setting', 'Checked', 'place_of', 'short', 'ran
 
 # %% ../../../nbs/tasks/77e_fields.ipynb #e13d4391
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
@@ -59,6 +60,7 @@ class Setting:
         "The value in its own type; ValueError for what it may not be."
         if value is None and self.optional: return None
         if self.cadence: return _moment(self.name, value)
+        if self.kind is str and isinstance(value, os.PathLike): value = os.fspath(value)
         fits: Any = {int: Integral, float: Real}.get(self.kind, self.kind)
         number = self.kind in (int, float)
         wrong = not isinstance(value, fits) or (number and (isinstance(value, bool) or not math.isfinite(value) or not self.inside(value)))
