@@ -71,7 +71,7 @@ def sorted_items(items: Iterable[Given]) -> tuple[dict[str, Any], dict[str, Any]
         for ours, one in _words(section, name, value, place).items():
             home = model if ours == "ffn_expansion" or _is_model(section, ours) else training
             if home.setdefault(ours, one) != one:
-                raise ValueError(f"{place} says {ours}={shorten(repr(one))}, {said[ours]} says {shorten(repr(home[ours]))}: keep one of them")
+                raise ValueError(f"{place} says {ours}={shorten(repr(one))}, {said[ours]} says {shorten(repr(home[ours]))}: keep one")
             said[ours] = place
     times = model.pop("ffn_expansion", None)
     if times is not None: model.setdefault("ff_dim", int(times * model.get("model_dim", ModelSettings.model_dim)))

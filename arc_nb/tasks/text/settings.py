@@ -203,7 +203,8 @@ class TrainSettings(Running):
     ) -> dict[str, Any]:
         "The settings in the words of `arc_nb.Trainer`; `groups`, `run`, `train` and `valid` are the caller's."
         stop = [EarlyStopping(patience=self.patience, min_delta=self.min_delta)] if self.early_stopping else []
-        return {"loss": ("cross_entropy", {"label_smoothing": self.label_smoothing}) if self.label_smoothing else "cross_entropy",
+        smoothing = {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
+        return {"loss": ("cross_entropy", {"class_dim": -1, **smoothing}),
                 "optimizer": optimizer_of(self), "lr": self.learning_rate, "schedule": schedule_of(self, steps_per_epoch),
                 "batch_size": self.batch_size, "accumulate": self.accumulation_steps, "clip_norm": self.gradient_clip or None,
                 "precision": self.precision, "device": self.device, "compile": self.compile, "strategy": self.strategy,
