@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 _rooms = {"Trainer": "trainer", "show": "runs", "Callback": "engine.events", "Checkpoints": "engine.keeping",
           "EarlyStopping": "engine.callbacks", "EMA": "engine.callbacks", "SWA": "engine.callbacks",
-          "notebook_launch": "relay", "Cluster": "engine.cluster", "Arc": "arc", "register_layer": "graph.catalogue"}
+          "notebook_launch": "relay", "Cluster": "engine.cluster", "Arc": "arc", "register_layer": "graph.catalogue", "CharLM": "tasks.text.charlm"}
 __all__ = ["Trainer", "Callback", "Checkpoints", "EarlyStopping", "EMA", "SWA", "show", "notebook_launch", "Cluster", "Arc",
-           "register_layer"]
+           "register_layer", "CharLM"]
 
 if TYPE_CHECKING:
     from .arc import Arc
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .graph.catalogue import register_layer
     from .relay import notebook_launch
     from .runs import show
+    from .tasks.text.charlm import CharLM
     from .trainer import Trainer
 
 
