@@ -102,7 +102,7 @@ def maps_picture(
     told = names or [f"layer {i + 1}, head {j + 1}" if side > 90 else f"{i + 1}.{j + 1}" for i in range(layers) for j in range(heads)]
     panels = [Looks(name, one, labels, side=side) for name, one in zip(told, found.reshape(-1, *found.shape[2:]))]
     rows = [row for i in range(layers) for row in pages(panels[i * heads:(i + 1) * heads], columns)]
-    note = "a row looks, a column is looked at; the darker, the more"
+    note = "a row looks, a column is looked at; the stronger the colour, the more"
     return sheet(rows if heads > 1 else pages(panels, 2 if layers > 1 else 1), title, note, theme=theme, width=width)
 
 def check_maps(
@@ -199,7 +199,7 @@ class Surface:
     def high(self) -> float: return 300.0
 
     def draw(self, box: Box) -> str:
-        """Markup in a rectangle: the map, darker where the loss is less, the model as a ring, and the shades' ends."""
+        """Markup in a rectangle: the map, stronger where the loss is less, the model as a ring, and the shades' ends."""
         side = min(box.right - box.left - 80, self.high() - 64)
         area, n = Box(box.left + 34, box.top + 26, box.left + 34 + side, box.top + 26 + side), len(self.steps)
         shades, pitch, out = np.digitize(self.losses, self.levels()), side / n, []
@@ -215,7 +215,7 @@ class Surface:
         lo, hi = f"{self.steps[0]:g}".replace("-", "−"), f"{self.steps[-1]:g}"
         middle = (area.left + area.right) / 2
         return (words(area.left, area.bottom + 15, lo, size=10.5) + words(area.right, area.bottom + 15, hi, size=10.5, anchor="end")
-                + words(middle, area.bottom + 30, "first direction, in lengths of the weights", size=10.5, anchor="middle")
+                + words(middle, area.bottom + 30, "→ first, ↑ second direction, in lengths of the weights", size=10.5, anchor="middle")
                 + words(area.left - 6, area.bottom, lo, size=10.5, anchor="end")
                 + words(area.left - 6, area.top + 9, hi, size=10.5, anchor="end"))
 

@@ -51,6 +51,10 @@ class Block(nn.Module):
 # %% ../../../nbs/tasks/78c_transformer.ipynb #eacf62ef
 class Transformer(nn.Module):
     """Tokens (rows, n) int64 to scores of the token after each, (rows, n, vocabulary)."""
+    waves: Tensor  # sinusoidal positions, (max_seq_len, dim)
+    cos: Tensor  # of the rotary angles, (max_seq_len, head_dim / 2)
+    sin: Tensor
+
     def __init__(
         self,
         settings: ModelSettings,  # with vocab_size
@@ -159,7 +163,8 @@ def peak_flops(
     kinds = ("bf16", "fp16", "fp32")
     if precision not in kinds: raise ValueError(f"precision={precision!r}: take one of {', '.join(map(repr, kinds))}")
     name = re.sub(r"^(NVIDIA|Tesla|GeForce|Quadro)\s+", "", re.sub(r"^NVIDIA\s+", "", device.strip()))
-    found = next((peaks for pattern, peaks in PEAKS.items() if re.fullmatch(pattern, name)), None)
+    whole = [] if " MIG " in name else PEAKS.items()  # a part of a device does a part of it
+    found = next((peaks for pattern, peaks in whole if re.fullmatch(pattern, name)), None)
     return 1e12 * found[kinds.index(precision)] or None if found else None
 
 # %% ../../../nbs/tasks/78c_transformer.ipynb #c24ccb40
