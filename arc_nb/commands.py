@@ -24,6 +24,7 @@ from typer import Argument, Context, Option, Typer
 from typer.exceptions import TyperException
 from typer.main import get_command
 
+from . import text_commands
 from .arc import Arc
 from .home import ConfigError, ModelError, blame
 from .settings import settings
@@ -71,10 +72,11 @@ Target = Annotated[str | None, Option("--target", "--target-column", help="Colum
 Id = Annotated[str, Argument(help="Job id, or its beginning")]
 
 app = Typer(name="arc-nb", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-            help="From a sentence and a table to a trained model")
+            help="From a table and a sentence, or from a text, to a trained model")
 ml = Typer(no_args_is_help=True, rich_markup_mode=None, help="Plans, models and jobs")
 jobs = Typer(no_args_is_help=True, rich_markup_mode=None, help="What trains, and what has trained")
 app.add_typer(ml, name="ml")
+for do in (text_commands.train, text_commands.generate, text_commands.evaluate): app.command()(do)
 ml.add_typer(jobs, name="jobs")
 
 # %% ../nbs/91_commands.ipynb #2e2e1a9a
