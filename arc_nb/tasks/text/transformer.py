@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ...engine.step import evaluating
 from .attention import Attention, Cache, angles, sinusoids
@@ -51,6 +52,7 @@ class Block(nn.Module):
 # %% ../../../nbs/tasks/78c_transformer.ipynb #eacf62ef
 class Transformer(nn.Module):
     """Tokens (rows, n) int64 to scores of the token after each, (rows, n, vocabulary)."""
+    checkpointing = False  # True: blocks are computed again in the backward pass, which takes less memory and a third more time
     waves: Tensor  # sinusoidal positions, (max_seq_len, dim)
     cos: Tensor  # of the rotary angles, (max_seq_len, head_dim / 2)
     sin: Tensor
@@ -80,7 +82,8 @@ class Transformer(nn.Module):
         first = 0 if cache is None else cache.length
         last = first + self.check(tokens, first)
         x, turn = self.embed(tokens, first, last)
-        for block in self.blocks: x = block(x, turn, cache)
+        again = self.checkpointing and torch.is_grad_enabled()
+        for block in self.blocks: x = checkpoint(block, x, turn, cache, use_reentrant=False) if again else block(x, turn, cache)
         if cache is not None: cache.length = last
         return F.linear(self.norm(x), self.token.weight if self.head is None else self.head.weight)
 
