@@ -161,6 +161,11 @@ class Reading(Learning):
     augment_whitespace: float = setting(0.0, "Share of blanks that become another kind of blank.", typical=(0, 0.1), odd=(0, 0.5), least=0,
                                         most=1)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.early_stopping and not self.val_split:
+            raise ValueError("early_stopping=True watches the validation loss, and val_split=0 leaves no text for it: give val_split=0.1")
+
 @dataclass(frozen=True)
 class Running(Reading):
     "Where a model is trained, and what is kept."
