@@ -205,7 +205,7 @@ class Files(Filing):
         names, self.names, step = self.names + [FINAL] * self._ended(trainer), [], trainer.status.step
         try:
             state = self.ready[1] if self.ready and self.ready[0] == step else self.saver.copy(trainer.state_dict())
-            self.ready = (step, state) if self._closing(trainer) else None
+            if self._closing(trainer): self.ready = (step, state)
             if not names: return
             trainer.history.flush()
             self.table(trainer)
