@@ -11,6 +11,7 @@ __all__ = ['EXPLAINS', 'explain', 'remedy', 'looked_at', 'diagnose']
 from collections.abc import Callable, Mapping
 
 from . import curves, inside
+from .patterns import pattern_of
 from .report import SEVERITIES, Finding, Findings
 from .signs import Evidence
 from ..draw.svg import number, rate
@@ -74,4 +75,6 @@ def diagnose(
 ) -> Findings:
     """All that is suspicious in a run, worst first and causes before consequences."""
     found = explain([f for rule in (*curves.RULES, *inside.RULES) if (f := rule(evidence))])
-    return Findings([remedy(f, evidence, actions or {}) for f in found], looked_at(evidence), evidence)
+    findings = Findings([remedy(f, evidence, actions or {}) for f in found], looked_at(evidence), evidence)
+    findings.pattern = pattern_of(evidence, findings)
+    return findings

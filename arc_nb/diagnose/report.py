@@ -151,19 +151,22 @@ class Findings(Asking):
         found: Iterable[Finding] = (),
         looked: str = "",  # at what, in words
         seen: Evidence | None = None,
+        pattern: Any = None,  # diagnose.patterns.Pattern: what the losses look like
     ):
         super().__init__(by_place(found))
-        self.looked, self.seen = looked, seen
+        self.looked, self.seen, self.pattern = looked, seen, pattern
 
     def __getitem__(self, which: Any) -> Any:
         """One finding, or with a slice some of them, as findings."""
-        return Findings(list(self)[which], self.looked, self.seen) if isinstance(which, slice) else super().__getitem__(which)
+        return Findings(list(self)[which], self.looked, self.seen, self.pattern) if isinstance(which, slice) else super().__getitem__(which)
 
     @property
     def headline(self) -> str:
         """How many, in words."""
         many = [f"{count} {severity}" for severity in SEVERITIES if (count := sum(f.severity == severity for f in self))]
-        return ("Found: " + ", ".join(many) if many else "Nothing was found") + (f". Looked at {self.looked}." if self.looked else ".")
+        parts = ["Found: " + ", ".join(many) if many else "Nothing was found"]
+        if self.pattern: parts.append(f"The losses look {self.pattern.name}" if self.pattern.name == "healthy" else f"Pattern: {self.pattern.name}")
+        return ". ".join([*parts, *([f"Looked at {self.looked}"] if self.looked else [])]) + "."
 
     def frame(self) -> "pd.DataFrame":
         """A row a finding: code, severity, layer, since, because, meaning, advice, evidence."""
