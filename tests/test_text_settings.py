@@ -30,7 +30,8 @@ def test_every_flag_of_the_guide_has_a_home():
 
 DEFAULTS = {"epochs": 10, "batch_size": 16, "learning_rate": 1e-3, "model_dim": 128, "num_heads": 2, "num_layers": 6, "dropout": 0.1,
             "max_seq_len": 256, "val_split": 0.1, "device": "auto", "mixed_precision": False, "seed": 42, "gradient_clip": 1.0,
-            "profile": False, "quiet": False, "accumulation_steps": 1, "early_stopping": False, "patience": 5, "tensorboard": False, "log_dir": "runs/",
+            "profile": False, "quiet": False, "accumulation_steps": 1, "early_stopping": False, "patience": 5, "tensorboard": False,
+            "log_dir": "runs/",
             "wandb": False, "optimizer": "adamw", "weight_decay": 0.01}
 TYPICAL = {"model_dim": (64, 1024), "num_layers": (3, 24), "num_heads": (2, 16), "learning_rate": (1e-5, 1e-2), "batch_size": (8, 128),
            "epochs": (5, 100), "dropout": (0, 0.3), "max_seq_len": (128, 2048), "val_split": (0.05, 0.2)}
@@ -196,8 +197,10 @@ def test_every_key_of_the_reference_is_understood(flat, tmp_path):
             "positions": "rotary"}
     assert training == {
         "data_path": "a.txt", "val_split": 0.2, "batch_size": 4, "learning_rate": 3e-4, "optimizer": "adamw", "epsilon": 1e-7,
-        "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.95, "lr_schedule": "warmup", "warmup_steps": 5, "min_lr_ratio": 0.2, "gradient_clip": 2.0,
-        "accumulation_steps": 2, "gradient_checkpointing": True, "mixed_precision": False, "epochs": 3, "max_steps": 50, "eval_every": 10, "output_dir": "out",
+        "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.95, "lr_schedule": "warmup", "warmup_steps": 5, "min_lr_ratio": 0.2,
+        "gradient_clip": 2.0,
+        "accumulation_steps": 2, "gradient_checkpointing": True, "mixed_precision": False, "epochs": 3, "max_steps": 50, "eval_every": 10,
+        "output_dir": "out",
         "keep_checkpoints": 3, "checkpoint_every": "2 epochs", "early_stopping": True, "patience": 4, "min_delta": 0.01,
         "seed": 1, "device": "cpu"}
     ModelSettings(**model), TrainSettings(**training)

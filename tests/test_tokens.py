@@ -133,7 +133,9 @@ def test_damaged_foreign_and_newer_files(one, tmp_path):
         path.write_bytes(wrong)
         with pytest.raises(ValueError, match="damaged|no tokenizer of arc_nb"): load_tokenizer(path)
     with pytest.raises(FileNotFoundError, match="tokenizer.json"): load_tokenizer(tmp_path / "none.json")
-    with pytest.raises(FileNotFoundError): load_tokenizer(tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="tokenizer.json"): load_tokenizer(tmp_path)
+    assert one.save(tmp_path) == path and load_tokenizer(tmp_path) == one
     with pytest.raises(ValueError, match="version 2.*install a newer"): load_tokenizer({**saved, "version": 2})
     with pytest.raises(ValueError, match="Did you mean 'byte'"): load_tokenizer({**saved, "kind": "bytes"})
     for wrong in ({"size": one.size + 1}, {"size": None}, {"tokens": "abc"}):

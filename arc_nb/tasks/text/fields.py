@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self, get_args, get_type_hints
 
@@ -97,6 +98,7 @@ class Checked:
     group: ClassVar[str]
 
     @classmethod
+    @cache
     def known(cls) -> dict[str, Setting]:
         "Its settings by name."
         hints = get_type_hints(cls)

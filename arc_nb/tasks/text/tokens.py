@@ -92,6 +92,8 @@ def numbers(ids: Any, size: int) -> np.ndarray:
     return array
 
 # %% ../../../nbs/tasks/77_tokens.ipynb #67bd3315
+def _file(path: str | Path) -> Path: return Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+
 class Tokenizer(ABC):
     "Text to token ids and back; equal where kind and vocabulary are."
     kind: ClassVar[str]
@@ -120,8 +122,8 @@ class Tokenizer(ABC):
         return len(text)
 
     def save(self, path: str | Path) -> Path:
-        "Writes a JSON file, whole or not at all."
-        path = Path(path)
+        "Writes a JSON file, whole or not at all; in a folder that is there, its tokenizer.json."
+        path = _file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         draft.write_text(json.dumps(self.to_dict(), indent=0) + "\n", encoding="utf-8")
@@ -206,11 +208,11 @@ def utf8(text: str, unknown: str = "error") -> bytes:
 
 # %% ../../../nbs/tasks/77_tokens.ipynb #6936fa1b
 def load_tokenizer(
-    source: str | Path | dict[str, Any],  # a file that `save` wrote, or what `to_dict` gave
+    source: str | Path | dict[str, Any],  # a file that `save` wrote, its folder, or what `to_dict` gave
 ) -> Tokenizer:
     "The tokenizer again. FileNotFoundError where there is no file, ValueError for one that is damaged or not ours."
     if isinstance(source, dict): return _built(source, "this dict")
-    path = Path(source)
+    path = _file(source)
     try: saved = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error: raise ValueError(f"{path} is damaged, or no JSON: {error}") from None
     except OSError as error:
