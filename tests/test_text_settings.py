@@ -140,6 +140,21 @@ def test_the_arguments_of_a_trainer():
         assert TrainSettings(mixed_precision=True, device="cpu").precision == "fp32"
 
 
+@pytest.mark.parametrize(("bf16", "name"), [(True, "bf16"), (False, "fp16")])
+def test_mixed_precision_takes_what_the_gpu_is_good_at(monkeypatch, bf16, name):
+    import torch
+
+    from arc_nb.tasks.text import settings
+    monkeypatch.setattr(settings, "pick_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    assert TrainSettings(mixed_precision=True).precision == name and TrainSettings().precision == "fp32"
+
+
+def test_steps_are_a_number_however_they_are_typed():
+    assert TrainSettings(eval_every="200", checkpoint_every=" 50 ") == TrainSettings(eval_every=200, checkpoint_every=50)
+    assert TrainSettings(eval_every="10 min").eval_every == "10 min"
+
+
 ODD = {"model_dim": (32, 16384), "epochs": (20_000,), "batch_size": (4096,), "learning_rate": (0.2, 1e-7), "max_seq_len": (10_000,),
        "gradient_clip": (20.0,), "num_layers": (49,), "dropout": (0.9,)}
 

@@ -79,10 +79,10 @@ def allowed(one: Setting) -> str:
     return f"{said}, or None" if one.optional else said
 
 def _moment(name: str, value: Any) -> Any:
-    "What `Every` understands; ValueError with the setting's name for the rest."
+    "What `Every` understands, steps as a number; ValueError with the setting's name for the rest."
     try: Every(value)
     except ValueError as error: raise ValueError(f"{name}: {error}") from None
-    return value
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
 
 # %% ../../../nbs/tasks/77e_fields.ipynb #026a3702
 def setting(
