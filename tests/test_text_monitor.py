@@ -131,7 +131,8 @@ def test_neither_a_validation_nor_a_slow_writer_slows_the_speed():
 def test_perplexity_and_bits_are_in_the_history_and_can_be_watched():
     made = trainer(Monitor(SETTINGS, characters=2.0), EarlyStopping("valid_perplexity", patience=50))
     frame = made.fit(epochs=2).epochs()
-    assert np.allclose(frame.valid_perplexity, np.exp(frame.valid_loss)) and np.allclose(frame.valid_bits_per_char, frame.valid_loss / math.log(2) / 2)
+    assert np.allclose(frame.valid_perplexity, np.exp(frame.valid_loss))
+    assert np.allclose(frame.valid_bits_per_char, frame.valid_loss / math.log(2) / 2)
     assert direction("valid_bits_per_char") == direction("valid_perplexity") == -1
     alone = Trainer(Transformer(SETTINGS), Windows(IDS, 32), loss="cross_entropy", run=False, board=False, callbacks=[Monitor(SETTINGS)])
     frame = alone.fit(epochs=1).epochs()
@@ -165,7 +166,8 @@ def test_a_terminal_gets_one_line_that_is_rewritten(monkeypatch):
     said = out.getvalue()
     assert said.count("Epoch 1/2\n") == 1 and said.count("\n") == 4
     last = said.rstrip("\n").split("\r")[-1]
-    assert re.fullmatch(r"\[█{10}\] 100%  \|  train_loss=\S+ \| val_loss=\S+ \| lr=\S+ \| throughput=\d+ (tokens|samples)/sec *", last), last
+    line = r"\[█{10}\] 100%  \|  train_loss=\S+ \| val_loss=\S+ \| lr=\S+ \| throughput=\d+ (tokens|samples)/sec *"
+    assert re.fullmatch(line, last), last
 
 
 def test_a_stop_is_said_and_the_line_ended():
@@ -187,7 +189,7 @@ def test_the_text_board_prints_a_new_text_once():
     made.fit(epochs=1)
     text, look = Text("bar", out), Look(made)
     for _ in range(3): look.curves.read(); text.update(look)
-    assert out.getvalue().count("sample at step 5:\n  ROMEO:\n  What\n") == 1 and "tokens/sec" in out.getvalue() or "samples/sec" in out.getvalue()
+    assert out.getvalue().count("sample at step 5:\n  ROMEO:\n  What\n") == 1 and "/sec" in out.getvalue()
 
 
 @pytest.mark.slow

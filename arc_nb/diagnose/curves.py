@@ -161,10 +161,10 @@ def far_apart(seen: Evidence) -> Finding | None:
     """Training has gained much that does not hold for other rows, although the validation loss has not risen."""
     gap, part = gap_of(seen)
     if len(seen.valid) < 3 or not gap > GAP[0] or not part > GAP[1]: return None
-    valid = seen.train.end * (1 + gap)
-    return Finding("overfitting", "info" if still_good(seen) else "warning", {"gap": gap, "of_gain": part, "valid": valid, "train": seen.train.end},
-                   f"The validation loss is {number(valid)}, the training loss {number(seen.train.end)}: a gap of {gap:.0%}, and {part:.0%} of "
-                   "what training gained does not hold for other rows.", advise("overfitting"), picture=losses(seen))
+    train, valid = seen.train.end, seen.train.end * (1 + gap)
+    return Finding("overfitting", "info" if still_good(seen) else "warning", {"gap": gap, "of_gain": part, "valid": valid, "train": train},
+                   f"The validation loss is {number(valid)}, the training loss {number(train)}: a gap of {gap:.0%}, and {part:.0%} of what "
+                   "training gained does not hold for other rows.", advise("overfitting"), picture=losses(seen))
 
 def overfitting(seen: Evidence) -> Finding | None:
     """The validation loss rises while the training loss falls, or lies far above it."""
@@ -205,9 +205,9 @@ def underfitting(seen: Evidence) -> Finding | None:
     if not falling and not (learned < WEAK and not apart): return None
     numbers = {"learned": learned, "fell_in_last_third": -train.trend(1 / 3).change}
     if not falling:
-        return Finding("underfitting", "warning", numbers,
-                       f"The loss {'has come to rest' if resting(seen) else 'hardly falls any more,'} with {min(1, 1 - learned):.0%} of it left, "
-                       "on training data too.",
+        rest = "has come to rest" if resting(seen) else "hardly falls any more,"
+        told = f"The loss {rest} with {min(1, 1 - learned):.0%} of it left, on training data too."
+        return Finding("underfitting", "warning", numbers, told,
                        advise("underfitting"), picture=losses(seen))
     longer = ["Train longer: trainer.fit(epochs=..., resume=True).", "Or faster: a higher learning rate (trainer.lr_find())."]
     return Finding("underfitting", "warning" if learned < 0.1 else "info", numbers,

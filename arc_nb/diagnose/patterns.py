@@ -24,7 +24,8 @@ ADVICE = {
     "overfitting": ["Fewer epochs, more dropout, or a smaller model."],
     "underfitting": ["A larger model: wider, or more layers."],
     "misconfigured": ["Learning rate too high (the loss explodes) or too low (it hardly moves): trainer.lr_find().",
-                      "Bad data, or a mistake on their way to the model: trainer.checkup() shows a batch.", "A model that is too small for the task."],
+                      "Bad data, or a mistake on their way to the model: trainer.checkup() shows a batch.",
+                      "A model that is too small for the task."],
 }
 
 @dataclass(frozen=True)

@@ -165,7 +165,8 @@ class Findings(Asking):
         """How many, in words."""
         many = [f"{count} {severity}" for severity in SEVERITIES if (count := sum(f.severity == severity for f in self))]
         parts = ["Found: " + ", ".join(many) if many else "Nothing was found"]
-        if self.pattern: parts.append(f"The losses look {self.pattern.name}" if self.pattern.name == "healthy" else f"Pattern: {self.pattern.name}")
+        healthy = self.pattern and self.pattern.name == "healthy"
+        if self.pattern: parts.append("The losses look healthy" if healthy else f"Pattern: {self.pattern.name}")
         return ". ".join([*parts, *([f"Looked at {self.looked}"] if self.looked else [])]) + "."
 
     def frame(self) -> "pd.DataFrame":
