@@ -209,24 +209,7 @@ class Surface:
             out.append(tag("path", d=d, fill="none", stroke="@train", stroke_width=pitch + .3, stroke_opacity=f"{DENSITY[7 - k]:g}"))
         x, y = (area.left + area.right) / 2, (area.top + area.bottom) / 2
         ring = tag("circle", cx=x, cy=y, r=4, fill="@bg", stroke="@fg", stroke_width=1.8)
-        return heading(self.title, self.note, box) + "".join(out) + ring + self._edges(area) + self._key(area)
-
-    def _edges(self, area: Box) -> str:
-        lo, hi = f"{self.steps[0]:g}".replace("-", "−"), f"{self.steps[-1]:g}"
-        middle = (area.left + area.right) / 2
-        return (words(area.left, area.bottom + 15, lo, size=10.5) + words(area.right, area.bottom + 15, hi, size=10.5, anchor="end")
-                + words(middle, area.bottom + 30, "→ first, ↑ second direction, in lengths of the weights", size=10.5, anchor="middle")
-                + words(area.left - 6, area.bottom, lo, size=10.5, anchor="end")
-                + words(area.left - 6, area.top + 9, hi, size=10.5, anchor="end"))
-
-    def _key(self, area: Box) -> str:
-        known, x = self.losses[np.isfinite(self.losses)], area.right + 12
-        ends = [float(known.min()), *self.levels().tolist()]
-        step = (area.bottom - area.top - 16) / 8
-        rows = [(area.bottom - step * (k + 1), k) for k in range(8)]
-        return words(x, area.top + 9, "loss", size=10.5) + "".join(
-            tag("rect", x=x, y=y, width=12, height=step, fill="@train", fill_opacity=f"{DENSITY[7 - k]:g}")
-            + words(x + 17, y + step, number(ends[k]), size=10.5) for y, k in rows)
+        return heading(self.title, self.note, box) + "".join(out) + ring + _edges(self.steps, area) + _key(self, area)
 
     def picture(self, theme: str = "auto", width: int = 780) -> str:
         """SVG: the map, and the cuts through the middle."""
@@ -235,3 +218,22 @@ class Surface:
         cuts = Curves("Through the middle", [Line(name, self.steps, losses, role) for name, losses, role in found],
                       x_label="lengths of the weights", y_label="loss")
         return sheet([[self, cuts]], theme=theme, width=width)
+
+# %% ../../../nbs/tasks/78d_maps.ipynb #64b0bced
+def _edges(steps: np.ndarray, area: Box) -> str:
+    """The numbers at the corners, and what they count."""
+    lo, hi = f"{steps[0]:g}".replace("-", "−"), f"{steps[-1]:g}"
+    middle = (area.left + area.right) / 2
+    return (words(area.left, area.bottom + 15, lo, size=10.5) + words(area.right, area.bottom + 15, hi, size=10.5, anchor="end")
+            + words(middle, area.bottom + 30, "→ first, ↑ second direction, in lengths of the weights", size=10.5, anchor="middle")
+            + words(area.left - 6, area.bottom, lo, size=10.5, anchor="end")
+            + words(area.left - 6, area.top + 9, hi, size=10.5, anchor="end"))
+
+def _key(surface: Surface, area: Box) -> str:
+    """The shades, with the loss at which each begins."""
+    known, x = surface.losses[np.isfinite(surface.losses)], area.right + 12
+    begins, step = [float(known.min()), *surface.levels().tolist()], (area.bottom - area.top - 16) / 8
+    rows = [(area.bottom - step * (k + 1), k) for k in range(8)]
+    return words(x, area.top + 9, "loss", size=10.5) + "".join(
+        tag("rect", x=x, y=y, width=12, height=step, fill="@train", fill_opacity=f"{DENSITY[7 - k]:g}")
+        + words(x + 17, y + step, number(begins[k]), size=10.5) for y, k in rows)
