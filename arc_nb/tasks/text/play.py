@@ -19,6 +19,7 @@ from typing import Any
 
 from ...draw.svg import THEMES
 from ...engine.lookup import unknown
+from .generating import OPTIONS
 
 # %% ../../../nbs/tasks/79h_play.ipynb #7bf3172f
 CONTROLS: dict[str, tuple[str, float, float, float, float, float | None]] = {  # label, least, most, step, at first, off
@@ -91,8 +92,8 @@ class Playing:
         return f"{self.state}: {len(self.text):,} characters{speed}"
 
 # %% ../../../nbs/tasks/79h_play.ipynb #ef053485
-_SHAPE = """.arc-play{box-sizing:border-box;max-width:800px;padding:12px 16px;border:1px solid var(--line);border-radius:8px;background:var(--bg);color:var(--fg);
-font:13px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
+_SHAPE = """.arc-play{box-sizing:border-box;max-width:800px;padding:12px 16px;border:1px solid var(--line);border-radius:8px;
+background:var(--bg);color:var(--fg);font:13px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
 font-variant-numeric:tabular-nums;overflow:hidden}
 .arc-play .widget-label,.arc-play .widget-readout,.arc-play label{color:var(--fg)}
 .arc-play .widget-box,.arc-play .widget-html{overflow:visible}.arc-play .widget-html-content{line-height:1.5;font-size:13px}
@@ -111,7 +112,8 @@ outline:2px solid var(--train);outline-offset:1px}
 border:1px solid var(--line);border-radius:5px}
 .arc-play .out>div{margin-bottom:auto;white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.55 ui-monospace,Menlo,Consolas,monospace}
 .arc-play .out .given{color:var(--faint)}.arc-play .out i{border-left:2px solid var(--train);margin-left:1px}
-.arc-play .told{color:var(--faint)}.arc-play .bad{color:var(--bad);overflow-wrap:anywhere}
+.arc-play .told{display:block;min-height:20px;color:var(--faint)}.arc-play .widget-checkbox{align-items:center}
+.arc-play .widget-checkbox input{margin:0 6px 0 0}.arc-play .widget-checkbox label{display:flex;align-items:center}.arc-play .bad{color:var(--bad);overflow-wrap:anywhere}
 .arc-play code.call{display:block;padding:6px 10px;border-radius:5px;background:var(--call);color:var(--fg);
 font:12px/1.5 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere;user-select:all;cursor:copy}"""
 
@@ -120,8 +122,10 @@ def _colours(theme: str) -> str:
     roles = ("bg", "fg", "faint", "line", "train", "valid", "bad")
     return "".join(f"--{role}:{THEMES[theme][role]};" for role in roles) + f"--call:{'#f3f5f8' if theme == 'light' else '#1f242d'};"
 
-STYLE = (f"<style>{_SHAPE}.arc-play{{{_colours('light')}}}"
-         f"@media(prefers-color-scheme:dark){{body:not([data-jp-theme-light]):not(.vscode-light) .arc-play{{{_colours('dark')}}}}}[data-jp-theme-light=false] .arc-play,.vscode-dark .arc-play{{{_colours('dark')}}}</style>")
+_RULES = {  # which pages are dark: JupyterLab and VS Code say so, elsewhere the reader's system does
+    "light": ".arc-play{%s}", "dark": "@media(prefers-color-scheme:dark){body:not([data-jp-theme-light]):not(.vscode-light) .arc-play{%s}}"
+    "[data-jp-theme-light=false] .arc-play,.vscode-dark .arc-play{%s}"}
+STYLE = f"<style>{_SHAPE}{''.join(rule.replace('%s', _colours(theme)) for theme, rule in _RULES.items())}</style>"
 
 def shown(
     hand: Playing,
@@ -130,8 +134,8 @@ def shown(
     caret = "<i></i>" if hand.state in ("waiting", "writing") else ""
     quiet = "<span class='given'>the text appears here</span>" if hand.state == "ready" else ""
     bad = f"<div class='bad'>{escape(hand.note)}</div>" if hand.note else ""
-    return (f"<div class='out' tabindex='0' role='log' aria-label='generated text'><div><span class='given'>{escape(hand.prompt)}</span>"
-            f"{escape(hand.text)}{caret}{quiet}</div></div>{bad}")
+    text = f"{bad}<span class='given'>{escape(hand.prompt)}</span>{escape(hand.text)}{caret}{quiet}"
+    return f"<div class='out' tabindex='0' role='log' aria-label='generated text'><div>{text}</div></div>"
 
 # %% ../../../nbs/tasks/79h_play.ipynb #03f7128b
 RATE = 20  # looks a second, at most
@@ -162,18 +166,23 @@ class Panel:
         self.out, self.told, self.call = w.HTML(), w.HTML(), w.HTML()
         self.go.add_class("go"); self.halt.add_class("halt")
         self.go.on_click(lambda _: self.start()); self.halt.on_click(lambda _: self.stop())
-        for control in (self.prompt, self.seed, *self.sliders.values()): control.observe(lambda _: self.respell(), "value")
-        row = w.HBox([self.go, self.halt, self.seed, self.fresh, self.told],
+        for control in (self.prompt, self.seed, *self.sliders.values()): control.observe(self.moved, "value")
+        row = w.HBox([self.go, self.halt, self.seed, self.fresh],
                      layout=w.Layout(flex_flow="row wrap", align_items="center", grid_gap="2px 10px"))
         grid = w.GridBox(list(self.sliders.values()), layout=w.Layout(grid_template_columns="repeat(auto-fit, minmax(300px, 1fr))",
                                                                       grid_gap="0 20px", margin="6px 0"))
-        self.box = panel_class()([w.HTML(STYLE, layout=w.Layout(display="none")), self.prompt, grid, row, self.out, self.call])
+        self.box = panel_class()([w.HTML(STYLE, layout=w.Layout(display="none")), self.prompt, grid, row, self.told,
+                                  self.out, self.call])
         self.box.add_class("arc-play")
         self.box.panel = self
         self.refresh(); self.respell()
 
     @property
     def options(self) -> dict[str, Any]: return chosen({key: slider.value for key, slider in self.sliders.items()}, self.seed.value)
+
+    def moved(self, change: Any) -> None:
+        "Until there is a text, the call follows the sliders; after that it is the call of the text."
+        if self.hand.state == "ready": self.respell()
 
     def respell(self) -> None:
         "The call, as the sliders stand."
@@ -192,6 +201,7 @@ class Panel:
         if self.fresh.value: self.seed.value = secrets.randbits(16)
         self.hand.begin(self.prompt.value)
         self.refresh()
+        self.respell()
         options = self.options
         if self.loop is None or self.loop.is_closed():
             for _ in self.hand.steps(options): pass
@@ -218,7 +228,7 @@ def _slider(key: str, value: float) -> Any:
     "The slider of a setting."
     import ipywidgets as w
     label, least, most, step, _, _ = CONTROLS[key]
-    look = {"description": label, "continuous_update": True, "layout": w.Layout(width="auto"), "style": {"description_width": "84px"}}
+    look = {"description": label, "tooltip": OPTIONS[key][1], "layout": w.Layout(width="auto"), "style": {"description_width": "84px"}}
     if key in WHOLE: return w.IntSlider(int(value), int(least), int(most), int(step), **look)
     return w.FloatSlider(value, min=least, max=most, step=step, readout_format=".2f", **look)
 
@@ -231,7 +241,7 @@ def play(
     seed: int | None = None,                 # None: another one each time
     **values: float,                         # where sliders stand at first: temperature=0.7, max_new_tokens=300, ...
 ) -> Any:
-    "A panel to play with a language model, an ipywidgets box; its `panel` holds the parts. ValueError for an unknown or impossible setting."
+    "A panel to play with a language model: an ipywidgets box, whose `panel` holds the parts. ValueError for an impossible setting."
     for key, value in values.items():
         if key not in CONTROLS: raise unknown("slider", key, CONTROLS)
         label, least, most, *_ = CONTROLS[key]
