@@ -147,7 +147,7 @@ class Spans:
         key: int = 0,  # of seed and epoch; 0: they begin at the beginning
     ) -> np.ndarray:
         """Where the windows begin, (n,) int64."""
-        places = min(self.stride, self.last - (len(self) - 1) * self.stride + 1) if self.phase else 1
+        places = self.last - (len(self) - 1) * self.stride + 1 if self.phase else 1
         first = item_seed(key, 0) % places if self.phase and key else 0
         return np.minimum(rows * self.stride + first, self.last)
 

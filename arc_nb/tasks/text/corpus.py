@@ -125,12 +125,16 @@ class Recipe:
 FORMAT = 1  # of the folder
 
 def _first(texts: Iterable[str]) -> Iterator[str]:
-    """As many of them as a vocabulary is learnt from."""
-    left = LEARNT
+    """As much as a vocabulary is learnt from, in pieces that end between words: where the pieces of a file end changes nothing."""
+    from arc_nb.tasks.text.bpe import last_break
+    held, left = "", LEARNT
     for text in texts:
-        if left <= 0: return
-        left -= len(text)
-        yield text
+        held, left = held + text, left - len(text)
+        if cut := last_break(held):
+            yield held[:cut]
+            held = held[cut:]
+        if left <= 0: break
+    if held: yield held
 
 # %% ../../../nbs/tasks/77b_corpus.ipynb #04ad13a2
 LIMIT = 64 * 2**20  # bytes: larger texts are tokenised to a file
