@@ -1,7 +1,7 @@
 """Character models: tokens a second of Trainer.fit beside a loop by hand, and writing with the cache beside writing without it.
 
-usage: python bench/text.py [training] [generation] [--pairs N, default 12] [--smoke]   all parts where none is named;
-writes bench/results/text.json, a key a part (not with --smoke)
+usage: python bench/text.py [training] [generation] [--pairs N, default 12] [--plain] [--smoke]   all parts where none is named;
+--plain leaves out what is compiled; writes bench/results/text.json, a key a part (not with --smoke or --plain)
 """
 import argparse
 import contextlib
@@ -94,10 +94,10 @@ class ByHand:
 
 
 class Clock(Callback):
-    """CPU seconds from the first step to the last, without the still picture that is drawn once at the end."""
+    """CPU seconds to the end of the last step: without the checkpoint and the still picture that come once, when all is done."""
     order = 99
     def on_fit_start(self, trainer): self.began = time.process_time()
-    def on_fit_end(self, trainer): self.took = time.process_time() - self.began
+    def on_step_end(self, trainer): self.took = time.process_time() - self.began
 
 
 class Ours:
@@ -113,10 +113,10 @@ class Ours:
         return self.clock.took
 
 
-def training(pairs, smoke, home):
+def training(pairs, smoke, plain, home):
     values, out = np.random.default_rng(0).integers(0, 65, 400_000, dtype=np.uint8), {}
     for name, settings, size, steps in settings_to_train(smoke):
-        modes = {"": False} | ({} if smoke else {", compiled": True}) | ({} if smoke or settings.dropout else {", compile='step'": "step"})
+        modes = {"": False} | ({} if plain else {", compiled": True}) | ({} if plain or settings.dropout else {", compile='step'": "step"})
         ways = {f"arc_nb{say}": Ours(settings, size, values, mode, f"{home}/{name}{say}") for say, mode in modes.items()}
         text = torch.from_numpy(values).long()
         ways |= {f"by hand{say}": ByHand(settings, size, text, True if mode else False) for say, mode in modes.items() if mode != "step"}
@@ -138,11 +138,11 @@ def training(pairs, smoke, home):
 
 
 # Generation: greedy, a text of one character and 512 more; both ways write the same.
-def generation(pairs, smoke, home):
+def generation(pairs, smoke, plain, home):
     count = 64 if smoke else 512
     settings = ModelSettings(max_seq_len=count + 1, dropout=0.0, vocab_size=65)
     model, tokenizer, rows = fresh(settings).eval(), CharTokenizer.fit([LETTERS]), []
-    ways = {"": model} | ({} if smoke else {", compiled": torch.compile(model)})
+    ways = {"": model} | ({} if plain else {", compiled": torch.compile(model)})
     for say, called in ways.items():
         write = lambda cache, called=called: quietly(lambda: generate(called, tokenizer, "A", count, sampling=Sampling(greedy=True),
                                                                       cache=cache))
@@ -169,21 +169,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all where none is named")
     parser.add_argument("--pairs", type=int, default=0, help="interleaved measurements of each; 12, or 2 with --smoke")
+    parser.add_argument("--plain", action="store_true", help="nothing is compiled, and nothing written")
     parser.add_argument("--smoke", action="store_true", help="small, to see that it runs; nothing is written")
     given = parser.parse_args()
     for part in given.parts:
         if part not in PARTS: parser.error(f"{part!r} is no part: take {', '.join(PARTS)}")
     warnings.simplefilter("ignore")
     about = {"machine": platform.platform(), "python": platform.python_version(), "torch": torch.__version__, "threads": 1,
-             "measure": "CPU seconds, interleaved, medians with 95 % intervals; training: from the first step to the last, with history, "
-                        "gradient norm, clipping, schedule, checkpoints and live board on; generation: greedy, one text"}
+             "measure": "CPU seconds, interleaved, medians with 95 % intervals; training: to the end of the last step, with history, "
+                        "gradient norm, clipping, schedule and live board on; generation: greedy, one text"}
     out = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     with tempfile.TemporaryDirectory() as home:
         for part in given.parts or PARTS:
-            found = PARTS[part](given.pairs or (2 if given.smoke else 12), given.smoke, home)
+            found = PARTS[part](given.pairs or (2 if given.smoke else 12), given.smoke, given.plain or given.smoke, home)
             out[part] = {"pairs": given.pairs or 12, **about, **found}
-            if not given.smoke: RESULTS.write_text(json.dumps(out, indent=1) + "\n")
-    if not given.smoke: print("written:", RESULTS)
+            if not (given.smoke or given.plain): RESULTS.write_text(json.dumps(out, indent=1) + "\n")
+    if not (given.smoke or given.plain): print("written:", RESULTS)
 
 
 if __name__ == "__main__": main()
