@@ -298,11 +298,11 @@ def command() -> Any:
 def run(
     line: str | list[str],  # a line, or words that a shell has split already
     desk: Desk,
-) -> None:
-    """Runs one command. ConfigError for words that are no command; DataError and ModelError as Arc says them."""
+) -> int:
+    """Runs one command, and gives its exit code. ConfigError for words that are no command; DataError and ModelError as Arc says them."""
     words = arguments(line) if isinstance(line, str) else line
-    if is_group(words): return desk.show(usage(words, desk.prefix))
-    try: command().main(words, standalone_mode=False, obj=desk, prog_name="arc-nb")
+    if is_group(words): desk.show(usage(words, desk.prefix)); return 0
+    try: return command().main(words, standalone_mode=False, obj=desk, prog_name="arc-nb") or 0
     except TyperException as error: raise ConfigError(hinted(error.format_message(), words)) from error
 
 def hinted(

@@ -10,14 +10,13 @@ __all__ = ['FLAGS', 'LEFT', 'flag', 'with_settings', 'said', 'opened', 'train', 
 # %% ../nbs/91b_text_commands.ipynb #1e4ecadd
 import inspect
 import json
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Context, Option
+from typer import Argument, Context, Exit, Option
 
+from .engine.controls import exit_code
 from .home import ConfigError, DataError, ModelError, blame
 from .tasks.text.charlm import CharLM, told
 from .tasks.text.chatting import interactive
@@ -28,7 +27,7 @@ from .tasks.text.generating import OPTIONS
 from .tasks.text.settings import FIELDS, SIZES, Setting
 
 # %% ../nbs/91b_text_commands.ipynb #cf3234b9
-FLAGS = {"learning_rate": ("--learning-rate", "--lr"), "gradient_clip": ("--gradient-clip", "--max-grad-norm"), "max_seq_len": ("--max-seq-len",)}
+FLAGS = {"learning_rate": ("--learning-rate", "--lr"), "gradient_clip": ("--gradient-clip", "--max-grad-norm")}
 LEFT = ("data_path", "output_dir")  # have a place of their own in the signature
 
 def flag(
@@ -81,7 +80,7 @@ def opened(
     with blame(ModelError): was = read_lm(resume).model.to_dict()
     for name, value in chosen.items():
         if name in was and name != "vocab_size" and value != was[name]:
-            raise ConfigError(f"{name}={value!r}, but the model in {resume} has {was[name]!r}: a model keeps its shape. Leave it out, or begin anew")
+            raise ConfigError(f"{name}={value!r}, but the model in {resume} has {was[name]!r}, and keeps it: leave it out, or begin anew")
     training = {name: value for name, value in chosen.items() if name not in was}
     with blame(DataError): return CharLM.load(resume, list(data), **training)
 
@@ -103,7 +102,12 @@ def train(
     if not quiet: show(f"{lm!r}")
     here = context.obj.waits  # a terminal, which has no board
     with blame(ConfigError):
-        lm.fit(output_dir=output_dir, resume=resume_from or False, board=False if here else "auto", callbacks=[Console()] if here and not quiet else [])
+        lm.fit(output_dir=output_dir, resume=resume_from or False, board=False if here else "auto",
+               callbacks=[Console()] if here and not quiet else [])
+    state = lm.trainer.status.state if lm.trainer else ""
+    if here and state in ("interrupted", "terminated"):
+        show(f"{state}; on with: {context.obj.prefix}train {data[0]} --output-dir {output_dir} --resume-from {output_dir}")
+        raise Exit(exit_code(state))
     if not quiet and lm.corpus and lm.corpus.valid is not None: show(results(lm.evaluate()))
 
 # %% ../nbs/91b_text_commands.ipynb #95cde859
@@ -153,7 +157,7 @@ def evaluate(
     model: Annotated[Path, Argument(help="A .pt, or the folder of a run: its best")],
     data: Annotated[Path, Argument(help="The text")],
     output: Annotated[Path | None, Option(help="Write the scores there, as JSON")] = None,
-    unknown: Annotated[str, Option(help="Characters that the model does not know: error, skip, or the character that stands for them")] = "error",
+    unknown: Annotated[str, Option(help="Unknown characters: error, skip, or the character that stands for them")] = "error",
     encoding: Annotated[str, Option(help="How the text is written")] = "utf-8",
     device: Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps")] = "auto",
 ) -> None:

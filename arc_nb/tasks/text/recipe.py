@@ -12,6 +12,7 @@ __all__ = ['parted', 'windows', 'smoothed', 'loss_of', 'network', 'steps_in', 'a
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,7 @@ def steps_in(
     how: TrainSettings,
 ) -> int:
     """Optimizer steps of an epoch."""
-    return -(-(-(-len(train) // how.batch_size)) // how.accumulation_steps)
+    return ceil(ceil(len(train) / how.batch_size) / how.accumulation_steps)
 
 def assembled(
     model: Transformer,
@@ -126,7 +127,8 @@ def recipe(
     check_ranges(shape, how)
     corpus = source if isinstance(source, Corpus) else corpus_of(source, how)
     data = {name: value for name, value in (("train", train), ("valid", valid)) if value is not None}
-    return assembled(network(shape, corpus.tokenizer, how.seed), corpus, how, run=run, callbacks=callbacks, track=track, board=board, **data)
+    model = network(shape, corpus.tokenizer, how.seed)
+    return assembled(model, corpus, how, run=run, callbacks=callbacks, track=track, board=board, **data)
 
 def reading_of(
     how: TrainSettings,
@@ -134,8 +136,8 @@ def reading_of(
 ) -> dict[str, Any]:
     """How a text is read, in the words of Corpus."""
     kind = how.tokenizer if tokenizer is None else tokenizer
-    return {"tokenizer": kind, "vocab_size": how.vocab_size if kind == "bpe" else None, "val_split": how.val_split, "split_by": how.split_by,
-            "separator": how.separator, "normalise": how.normalise}
+    shared = {name: getattr(how, name) for name in ("val_split", "split_by", "separator", "normalise")}
+    return {"tokenizer": kind, "vocab_size": how.vocab_size if kind == "bpe" else None, **shared}
 
 def corpus_in(
     text: str,
