@@ -27,6 +27,7 @@ import arc_nb.engine.checkpoint as checkpoint_room
 import arc_nb.engine.saver as saver_room
 from arc_nb.engine.checkpoint import (FORMAT, best_good, listed, newest_good, prune, read_checkpoint, sealed, sweep, verify,
                                       write_checkpoint)
+from arc_nb.engine.onefile import write_one
 from arc_nb.engine.packing import pack, read_file, unpack, write_file
 from arc_nb.engine.saver import Saver
 
@@ -61,13 +62,14 @@ def spoil(data: bytes, place: int, rng: random.Random) -> list[bytes]:
 # ---- what comes back ----
 
 def saved_and_read(state: Any, folder: Path) -> list[Any]:
-    "The state from a checkpoint, from a compressed one, from one in the background, and from a file."
+    "The state from a checkpoint, from a compressed one, from one in the background, from one in one file, and from a file."
     paths = [write_checkpoint(folder, state, {"step": 1}, compress) for compress in (False, True)]
     saver = Saver(folder, last=99)
     saver.save(state, {"step": 1})
     saver.wait()
     assert saver.take_error() is None
-    return [read_checkpoint(path)[0] for path in (*paths, saver.latest)] + [read_file(write_file(folder / "file", state))]
+    paths += [saver.latest, write_one(folder / "one.pt", state, {"step": 1})]
+    return [read_checkpoint(path)[0] for path in paths] + [read_file(write_file(folder / "file", state))]
 
 
 VALUES = {
