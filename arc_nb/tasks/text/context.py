@@ -29,6 +29,7 @@ def resting(
     finally:
         for part in active: part.training = True
 
+# %% ../../../nbs/tasks/79a_context.ipynb #e31c7bce
 class Context:
     "A model at the end of texts of equal length: gives the logits of what comes next, and takes in what was chosen."
     def __init__(
