@@ -190,7 +190,8 @@ def test_a_penalty_sees_the_window(letters):
 def test_errors_before_anything_is_computed(letters, model):
     model.forward = None                                                     # would fail, if it were called
     for options, said in [(dict(max_new_tokens=-1), "max_new_tokens=-1"), (dict(max_new_tokens=1.5), "whole number"),
-                          (dict(num_samples=0), "num_samples=0"), (dict(beams=0), "beams=0"), (dict(beams=2, num_samples=3), "at most 2 texts"), (dict(seed="a"), "seed='a'"),
+                          (dict(num_samples=0), "num_samples=0"), (dict(beams=0), "beams=0"),
+                          (dict(beams=2, num_samples=3), "at most 2 texts"), (dict(seed="a"), "seed='a'"),
                           (dict(beams=2, sampling=Sampling(top_k=3)), "does not go together"), (dict(stop=["a", ""]), "empty text"),
                           (dict(device="cuda:77"), "cuda:77"), (dict(device="tpu9"), "tpu9")]:
         with pytest.raises(ValueError, match=said): generate(model, letters, "abc", **options)
