@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..engine.batches import Batch, LoaderBatches, TensorBatches, unpack
+from ..engine.batches import Batch, KeyedBatches, LoaderBatches, TensorBatches, unpack
 from ..engine.loaders import to_device
 
 # %% ../../nbs/diagnose/35b_rows.ipynb #5d7a813a
@@ -97,6 +97,7 @@ def keys_of(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Keys of the inputs, and of inputs and target together, for the rows compared: (rows,) int64 each."""
     if isinstance(batches, TensorBatches):
+        if isinstance(batches, KeyedBatches): limit = min(limit, BYTES // 8)  # its rows are made anew
         per_row = sum(t[:1].numel() for t in batches.tensors)
         read = [rows_of(batches, max(1, limit // max(1, per_row)))]
     pairs = [_pair(batch) for batch in read]
