@@ -54,11 +54,15 @@ def characters_of(
 ) -> int:
     """Characters that the tokens after the first stand for."""
     if tokenizer.kind == "char": return len(tokens) - 1
-    count, stream = 0, tokenizer.stream()
     if tokenizer.kind == "byte":  # a character of UTF-8 begins with a byte that is no continuation, 10xxxxxx
         return sum(int((np.asarray(tokens[k:k + PIECE]) & 0xC0 != 0x80).sum()) for k in range(1, len(tokens), PIECE))
-    for token in tokens[1:].tolist(): count += len(stream.feed(token))
-    return count + len(stream.end())
+    count, at = 0, 1
+    while at < len(tokens):
+        ends = range(min(at + PIECE, len(tokens)), min(at + PIECE + 3, len(tokens)) + 1)  # a character may have four bytes, a token each
+        texts = ((end, tokenizer.decode(tokens[at:end])) for end in ends)
+        at, text = next((pair for pair in texts if not pair[1].endswith("\ufffd")), (ends[0], tokenizer.decode(tokens[at:ends[0]])))
+        count += len(text)
+    return count
 
 # %% ../../../nbs/tasks/79d_scores.ipynb #16d42e6a
 def evaluate(
