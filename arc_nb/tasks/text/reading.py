@@ -69,6 +69,7 @@ def _known(encoding: str) -> str:
     else: return codecs.lookup(encoding).name
     raise ValueError(f"encoding={encoding!r} is unknown: take utf-8, latin-1, cp1252, utf-16 or another of Python's")
 
+# %% ../../../nbs/tasks/77ab_reading.ipynb #44b27efe
 def _binary(path: Path) -> str:
     """That a file has a NUL byte, and where."""
     before = 0

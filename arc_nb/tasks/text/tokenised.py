@@ -105,9 +105,7 @@ def write_tokens(
         tokenizer.save(draft / "tokenizer.json")
         said = {split: {"tokens": sink.tokens, "characters": sink.characters, "sha256": sink.sum.hexdigest(),
                         "sample": sampled(draft / f"{split}.bin")} for split, sink in sinks.items()}
-        note = open(draft / "corpus.json", "w", encoding="utf-8")
-        try: json.dump({"splits": said, **about}, note, indent=1)
-        finally: _settle(note)
+        with open(draft / "corpus.json", "w", encoding="utf-8") as note: json.dump({"splits": said, **about}, note, indent=1); _settle(note)
         if folder.exists(): shutil.rmtree(folder)
         draft.rename(folder)
     finally: shutil.rmtree(draft, ignore_errors=True)
