@@ -299,8 +299,10 @@ def test_an_interrupt_ends_the_text_only(letters, model):
         def stream(self, prompt, **options):
             yield "ab"
             raise KeyboardInterrupt
+        def generate(self, prompt, **options): raise KeyboardInterrupt
     chat = Chat(Interrupted(model, letters), said.append if (said := []) is not None else print)
     assert chat.line("abc") and chat.history == ["abcab"] == said
+    assert chat.line("/set num_samples=2") and chat.line("abc") and said[-1] == "(interrupted)" and len(chat.history) == 1
     with pytest.raises(ValueError, match="Did you mean 'temperature'"): Chat(Small(model, letters), temprature=1)
 
 

@@ -87,7 +87,8 @@ def beam_search(
     device: str | torch.device | None = None,
 ) -> list[Beam]:
     "The best texts, the best first, at most `beams`; ValueError for what is not possible."
-    if beams < 1: raise ValueError(f"beams={beams!r} is not possible: take a whole number from 1 up; typical 2 to 8.")
+    if not isinstance(beams, int) or beams < 1:
+        raise ValueError(f"beams={beams!r} is not possible: take a whole number from 1 up; typical 2 to 8.")
     if not 0 <= length_penalty < math.inf:
         raise ValueError(f"length_penalty={length_penalty!r} is not possible: take 0 for none, or up to about 1.")
     start, ends, none = begin(tokenizer, prompt), stops(stop), torch.zeros(1).double()

@@ -112,7 +112,8 @@ class Chat(Session):
         else: self._streamed(start, show_start=bool(prompt))
 
     def _finished(self, prompt: str) -> None:
-        found = self.lm.generate(prompt, **self.options)
+        try: found = self.lm.generate(prompt, **self.options)
+        except KeyboardInterrupt: self.write("(interrupted)"); return
         for text in [found] if isinstance(found, str) else found: self.history.append(text); self.write(text)
 
     def _streamed(self, prompt: str, show_start: bool) -> None:

@@ -71,7 +71,7 @@ class Playing:
         "Writes, and gives the hand back after every piece."
         began = time.perf_counter()
         try:
-            if why := self.waits(): raise RuntimeError(why)
+            if why := self.waits(): self.note, self.state = why, "failed"; return
             with warnings.catch_warnings(record=True) as heard:
                 warnings.simplefilter("always")
                 pieces = self.lm.stream(self.prompt, **options)
