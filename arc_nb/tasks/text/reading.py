@@ -132,6 +132,9 @@ def _blank(found: str) -> str: return "\n" * min(2, found.count("\n")) or " "
 SEPARATOR = "\n\n"  # of documents
 LONGEST = 1 << 28  # characters of a document
 
+def _cut(text: str) -> Iterator[str]: return (text[k:k + PIECE] for k in range(0, len(text), PIECE))
+
+# %% ../../../nbs/tasks/77ab_reading.ipynb #5eb83033
 @dataclass(frozen=True)
 class Source:
     """Texts that can be read in pieces, again and again."""
@@ -190,5 +193,3 @@ class Source:
                     raise ValueError(f"a document of {', '.join(self.names)} has more than {LONGEST:,} characters: "
                                      f"separator={self.separator!r} does not divide it. Give another one, or split_by='position'")
             if held.strip(): yield held
-
-def _cut(text: str) -> Iterator[str]: return (text[k:k + PIECE] for k in range(0, len(text), PIECE))
