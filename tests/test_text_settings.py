@@ -62,9 +62,9 @@ def test_heads_that_do_not_divide():
     with pytest.raises(ValueError, match=r"model_dim=256 .* num_heads=7: take 1, 2, 4, 8, 16, 32, 64, 128, 256 heads .*nearest lower is 4"):
         ModelSettings(model_dim=256, num_heads=7)
     with pytest.warns(UserWarning, match="num_heads=4 is taken"): assert ModelSettings.fixed(model_dim=256, num_heads=7).num_heads == 4
-    with pytest.warns(UserWarning): assert ModelSettings.fixed(model_dim=7, num_heads=3).num_heads == 1
+    with pytest.warns(UserWarning): assert ModelSettings.fixed(model_dim=7, num_heads=3, positions="learned").num_heads == 1
     with pytest.warns(UserWarning): assert ModelSettings.fixed(model_dim=12, num_heads=5, positions="rotary").head_dim % 2 == 0
-    with pytest.warns(UserWarning): assert ModelSettings.fixed(model_dim=4, num_heads=9).num_heads == 4
+    with pytest.warns(UserWarning): assert ModelSettings.fixed(model_dim=4, num_heads=9, positions="learned").num_heads == 4
     assert ModelSettings.fixed(model_dim=64, num_heads=4) == ModelSettings(model_dim=64, num_heads=4)
     with pytest.raises(ValueError, match="rotary"): ModelSettings(model_dim=6, positions="rotary")
     with pytest.raises(ValueError, match="model_dim='64'"): ModelSettings.fixed(model_dim="64")

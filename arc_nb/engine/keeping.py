@@ -58,9 +58,10 @@ class Keeper(Callback):
 
     def tell(self, trainer: Any) -> bool:
         """Whether a save failed, with a warning; with on_error="stop" the run ends, with the last good checkpoint as it was."""
+        done = self.saver is not None and not self.saver.busy  # asked first: a save that fails in between has its error to tell yet
         error = self.saver.take_error() if self.saver else None
         if error is None:
-            if self.saver and not self.saver.busy: self.told = None
+            if done: self.told = None
             return False
         kind = type(error), getattr(error, "errno", None)
         if kind == self.told: return True

@@ -9,6 +9,7 @@ __all__ = ['LARGE', 'READ', 'Opened', 'told', 'check_length', 'sample_of', 'Lear
 
 # %% ../../../nbs/tasks/79k_charlm.ipynb #458e74dd
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,13 +20,14 @@ import torch
 from ...engine.events import Callback
 from ...engine.precision import pick_device
 from ...engine.profile import Profile
+from .config import sort_settings
 from .corpus import Corpus
 from .files import Files, read_lm, resumable, write_lm
 from .generating import gathered, generate, stream
 from .monitor import Monitor, Samples
 from .maps import maps_picture
 from .reading import check_files, read_pieces
-from .recipe import assembled, corpus_in, corpus_of, network, parted
+from .recipe import assembled, corpus_in, corpus_of, network
 from .sampling import Sampling
 from .scores import evaluate
 from .settings import ModelSettings, TrainSettings, check_ranges, size as size_of
@@ -97,7 +99,7 @@ def told(
     settings: dict[str, Any],
 ) -> tuple[ModelSettings, TrainSettings]:
     """The settings that somebody wrote, those of the size below them. ValueError for what cannot be."""
-    shape, how = parted({**(size_of(size) if size is not None else {}), **settings})
+    shape, how = sort_settings({**(size_of(size) if size is not None else {}), **settings})
     return (ModelSettings.fixed if fix else ModelSettings)(**shape), TrainSettings(**how)
 
 # %% ../../../nbs/tasks/79k_charlm.ipynb #14fab00c
@@ -147,13 +149,15 @@ class Learning(Opened):
         if self.trainer is None or resume or callbacks or track or not alike(how, self.how) or self.trainer.folder != to_folder(folder):
             self.trainer = self.make_trainer(how, folder, board=board, callbacks=callbacks, track=track)
         self.how = how
-        start = resumable(folder if resume is True else resume) if resume not in (False, "force") else resume
+        start = resume if isinstance(resume, bool) or resume == "force" else resumable(resume)
+        if resume is True and folder is not False:
+            with suppress(FileNotFoundError): start = resumable(folder)  # else the Trainer says that the run begins
         return self.trainer.fit(**how.fit_arguments(), resume=start, max_time=max_time, watch=watch)
 
     def _how(self, epochs: int | None, output_dir: Any, settings: dict[str, Any]) -> TrainSettings:
         """The settings of this fit."""
         if self.corpus is None: raise ValueError("there is no text to learn from: CharLM.load(path, data='text.txt') reads one")
-        shape, given = parted(settings)
+        shape, given = sort_settings(settings)
         for name in (*shape, *(n for n in READ if n in given)):
             raise ValueError(f"{name} is settled when the text is opened: say it to CharLM.from_file(...), and not to fit")
         if epochs is not None: given.update(epochs=epochs, max_steps=given.get("max_steps"))
@@ -209,9 +213,9 @@ class Writing(Learning):
         """{"loss", "perplexity", "bits_per_char", "accuracy", ..}. ValueError for a text that is too short or has unknown characters."""
         if text is not None and path is not None: raise ValueError("give a text or the path of one, not both")
         if path is not None: text = "".join(read_pieces(check_files(path)[0], encoding))
-        if text is None and (self.corpus is None or self.corpus.valid is None):
-            raise ValueError("nothing was held out: give evaluate a text, or path='other.txt'")
-        tokens = self.corpus.valid if text is None else self.tokenizer.encode(text, unknown)  # type: ignore[union-attr]
+        held = None if self.corpus is None else self.corpus.valid
+        tokens = held if text is None else self.tokenizer.encode(text, unknown)
+        if tokens is None: raise ValueError("nothing was held out: give evaluate a text, or path='other.txt'")
         return evaluate(self.model, tokens, self.tokenizer)
 
     def generate(

@@ -34,7 +34,7 @@ class ModelSettings(Checked):
     ff_dim: int | None = setting(None, "Size of the feed-forward layer; four times the model's dimension unless given.", least=1)
     dropout: float = setting(0.1, "Share of numbers dropped at random in training, against overfitting.", typical=(0, 0.3), odd=(0, 0.6),
                              least=0, below=1)
-    positions: str = setting("learned", "How the model knows where a token stands.", choices=("learned", "sinusoidal", "rotary"))
+    positions: str = setting("rotary", "How the model knows where a token stands.", choices=("learned", "sinusoidal", "rotary"))
     norm: str = setting("rms", "The normalisation before each sublayer.", choices=("rms", "layer"))
     tied: bool = setting(True, "Whether embedding and output share their weights.")
     bias: bool = setting(False, "Whether linear layers add a bias.")
@@ -57,7 +57,7 @@ class ModelSettings(Checked):
         "The settings, with the nearest lower num_heads that divides model_dim, and a warning, where the given one does not."
         dim, heads = given.get("model_dim", cls.model_dim), given.get("num_heads", cls.num_heads)
         if not (isinstance(dim, int) and isinstance(heads, int) and dim > 0 and heads > 0): return cls(**given)
-        step = 2 if given.get("positions") == "rotary" and dim % 2 == 0 else 1
+        step = 2 if given.get("positions", cls.positions) == "rotary" and dim % 2 == 0 else 1
         best = max((d for d in divisors(dim // step) if d <= heads), default=1)
         if best == heads: return cls(**given)
         warn(f"num_heads={heads} does not fit model_dim={dim}: num_heads={best} is taken")
