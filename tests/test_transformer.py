@@ -117,14 +117,14 @@ def test_first_weights_are_gpt2s():
 
 
 def test_what_is_tied_is_there_once():
-    tied, loose = make(), make(tied=False)
+    tied, loose = make(positions="learned"), make(positions="learned", tied=False)
     assert count_parameters(loose) - count_parameters(tied) == 11 * 16
     assert len(tied.state_dict()) == len(list(tied.parameters()))  # no positions among the weights that are kept
     assert len(make(positions="rotary").state_dict()) == len(tied.state_dict()) - 1
 
 
 def test_parameters_of_the_nanogpt_setting():
-    model = make(model_dim=128, num_layers=4, num_heads=4, max_seq_len=64, vocab_size=65)
+    model = make(model_dim=128, num_layers=4, num_heads=4, max_seq_len=64, vocab_size=65, positions="learned")
     blocks = 4 * (12 * 128 * 128 + 2 * 128)
     assert count_parameters(model) == blocks + 65 * 128 + 64 * 128 + 128
 
