@@ -149,7 +149,7 @@ def check_schedule(
     """ValueError for a schedule that does not exist, or lacks what it watches, before anything is trained."""
     built = isinstance(spec, torch.optim.lr_scheduler.LRScheduler)
     standin = optimizer if built else torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
-    schedule = make_schedule(spec, standin, steps=1000, steps_per_epoch=100)
+    schedule = make_schedule(spec, standin, steps=10**9, steps_per_epoch=10**6)  # long enough for any warm-up: fit knows the real length
     if schedule and schedule.needs_value and not valid:
         raise ValueError(f"schedule={spec!r} watches {schedule.monitor}, but nothing is validated: give the Trainer valid=...")
 
