@@ -114,6 +114,7 @@ def results(
     split: str = "validation",      # what was scored
 ) -> str:
     """A line a score, under a heading."""
-    said = {name: f"{value:,}" if isinstance(value, int) else f"{value:.4f}" for name, value in scores.items()}
+    def short(value: float) -> str: return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if value < 1e6 else f"{value:.3g}"
+    said = {name: short(value) for name, value in scores.items()}
     wide = max(11, *map(len, said))
     return "\n".join([f"Evaluation results ({split} split)", *(f"{name:<{wide}} : {value}" for name, value in said.items())])

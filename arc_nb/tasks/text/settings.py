@@ -188,6 +188,12 @@ class Running(Reading):
     profile: bool = setting(False, "Measure where the time of the first steps goes, into <output-dir>/profile.")
     quiet: bool = setting(False, "Print nothing but warnings and errors.")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.processes is not None and self.processes > self.batch_size:
+            raise ValueError(f"processes={self.processes} divide a batch of {self.batch_size} rows: take at most {self.batch_size}, "
+                             "or a larger batch_size")
+
 # %% ../../../nbs/tasks/78_settings.ipynb #2b2d5ad7
 @dataclass(frozen=True)
 class TrainSettings(Running):
@@ -266,6 +272,8 @@ def check_ranges(
                 warn(f"{name}={value!r} has no effect with {other}={getattr(one, other)!r}: it needs {' or '.join(map(repr, needed))}")
         if isinstance(one, ModelSettings): _check_heads(one)
         if isinstance(one, Learning): _check_length(one)
+        if isinstance(one, Reading) and one.vocab_size is not None and one.tokenizer != "bpe":
+            warn(f"vocab_size={one.vocab_size} has no effect with tokenizer={one.tokenizer!r}: it needs 'bpe'")
 
 def _check_heads(model: ModelSettings) -> None:
     "The reference wants at least 8 numbers a head."
