@@ -6,11 +6,12 @@ Docs: https://arc-nb.github.io/arc_nb/text_commands.html.md"""
 
 # %% auto #0
 __all__ = ['FLAGS', 'LEFT', 'train', 'TYPED', 'KINDS', 'NAMES', 'generate', 'flag', 'signed', 'said', 'opened', 'typed', 'way',
-           'save_text', 'evaluate']
+           'asked', 'save_text', 'evaluate']
 
 # %% ../nbs/91b_text_commands.ipynb #1e4ecadd
 import inspect
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -163,12 +164,21 @@ def generate(
     with blame(ModelError): lm = CharLM.load(model, device=device)
     with typed(), blame(ConfigError):
         if interactive: return chat(lm, **chosen)
-        written = lm.generate(input("prompt: ") if prompt is None else prompt, **chosen)
+        written = lm.generate(asked(context.obj.waits) if prompt is None else prompt, **chosen)
     texts = [written] if isinstance(written, str) else written
     for number, text in enumerate(texts, 1): context.obj.show(text if len(texts) == 1 else f"--- sample {number}\n{text}")
     if output_file: save_text(output_file, "\n\n".join(texts) + "\n")
 
 generate = signed(generate, {name: way(name) for name in KINDS})
+
+def asked(
+    terminal: bool,  # whether a terminal asks, which may read from a pipe; a notebook has a field
+) -> str:
+    """A prompt that was not said: what is typed, or all that a pipe gives. ValueError where nothing comes."""
+    try: text = sys.stdin.read().removesuffix("\n") if terminal and not sys.stdin.isatty() else input("prompt: ")
+    except EOFError: text = ""
+    if not text: raise ValueError('there is no prompt: say one with --prompt "The", or --prompt "" for a text that begins by itself')
+    return text
 
 def save_text(
     path: Path,

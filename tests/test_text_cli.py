@@ -1,4 +1,5 @@
 """`arc-nb train`, `generate` and `evaluate` as a stranger types them: what is said, what is kept, and what does not happen in silence."""
+import io
 import os
 import signal
 import subprocess
@@ -83,6 +84,16 @@ def test_errors_name_what_is_typed(typed):
     assert code == 2 and "encode(" not in err and "'F'" in err
     code, _, err = typed("generate m --prompt fox --max-tokens 2 --output-file fox.txt/x")
     assert code == 2 and "cannot be written" in err and "choose another file" in err
+
+
+def test_a_prompt_may_come_from_a_pipe(typed, monkeypatch):
+    assert typed(f"train fox.txt --output-dir m {SMALL} --max-steps 1")[0] == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("The\n"))
+    code, out, _ = typed("generate m --max-tokens 2 --greedy")
+    assert code == 0 and out.startswith("The") and "prompt:" not in out
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    code, _, err = typed("generate m --max-tokens 2")
+    assert code == 2 and "--prompt" in err
 
 
 def test_a_hopeless_loss_stays_readable(typed):
