@@ -1,6 +1,7 @@
 """What the tests share: where the project is, a copy of it to spoil, and a way to run its tools."""
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,11 @@ NOT_SOURCE = (".git", ".venv", "__pycache__", "*.egg-info", ".ipynb_checkpoints"
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("ARC_NB_DATA", str(ROOT.parent / "shared/data"))
+
+# A shell in the background starts its programs with Ctrl-C ignored, others with signals blocked, and children inherit both.
+signal.pthread_sigmask(signal.SIG_SETMASK, ())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for _number in (signal.SIGTERM, signal.SIGCHLD): signal.signal(_number, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

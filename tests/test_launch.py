@@ -38,6 +38,14 @@ def left():
             "environment": {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}, "argv": list(sys.argv)}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fresh():
+    "What earlier tests have left to the garbage collector is not told here."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()
+
+
 @pytest.fixture
 def clean():
     "Nothing may be left after the test; torch's first store leaves a handle or two, so one is made before."
@@ -202,13 +210,7 @@ def test_an_error_of_the_parent_ends_the_ranks(clean):
     with pytest.raises(ZeroDivisionError): launch(listens, on_message=lambda rank, value: 1 / 0)
 
 
-def press(*after):
-    "Interrupts from the keyboard, as many as there are numbers of seconds."
-    for seconds in after: threading.Timer(seconds, lambda: signal.raise_signal(signal.SIGINT)).start()
-
-
 def test_one_interrupt_asks_two_insist(clean, capsys):
-    if not callable(signal.getsignal(signal.SIGINT)): pytest.skip("interrupts are ignored here")
     def once(rank, value): fired or (fired.append(1), signal.raise_signal(signal.SIGINT))
     fired = []
     assert launch(listens, on_message=once) == [["stop"], ["stop"]]
@@ -273,6 +275,50 @@ def loads():
 
 def test_a_loader_may_fork_in_a_rank(clean):
     assert launch(loads) == [(28.0, True)] * 2
+
+
+class Stuck:
+    "Is never unpacked."
+    def __reduce__(self): return time.sleep, (600,)
+
+
+def test_ranks_that_hang_before_they_begin_are_given_up(clean, monkeypatch):
+    monkeypatch.setattr("arc_nb.engine.launch.START", 8.)
+    with pytest.raises(TimeoutError, match="2 of 2 processes have not begun within 8 s"): launch(together, (Stuck(),), grace=.2)
+
+
+class Warns:
+    "A cycle that warns when it is collected."
+    def __init__(self): self.me = self
+    def __del__(self): warnings.warn("collected", RuntimeWarning, stacklevel=1)
+
+
+class Collects:
+    "A pipe, in the middle of whose messages garbage is collected."
+    def __init__(self, pipe): self.pipe, self.inside = pipe, 0
+    def send_bytes(self, data):
+        self.inside += 1
+        assert self.inside == 1, "a message in the middle of another"
+        gc.collect()
+        self.pipe.send_bytes(data)
+        self.inside -= 1
+    def __getattr__(self, name): return getattr(self.pipe, name)
+
+
+def warns_while_it_tells():
+    line = channel()
+    line.pipe = Collects(line.pipe)
+    for k in range(3):
+        Warns()
+        line.send(k)
+    line.pipe = line.pipe.pipe
+
+
+def test_a_warning_in_the_middle_of_a_message_comes_after_it(clean):
+    heard = []
+    with pytest.warns(RuntimeWarning, match="collected"):
+        launch(warns_while_it_tells, processes=1, on_message=lambda rank, value: heard.append(value))
+    assert heard == [0, 1, 2]
 
 
 def nested():

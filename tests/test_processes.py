@@ -1,5 +1,6 @@
 """fit(processes=2): the same training as in one process, and everything comes back. What ranks can do alone runs in one launch."""
 import os
+import re
 import shutil
 import signal
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small import until
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -354,17 +356,13 @@ def test_an_interrupt_stops_all_ranks_at_one_step():
     t = trainer(batch_size=4)
 
     def interrupt():
-        while t.step < 10: time.sleep(.01)
+        until(lambda: t.step >= 10, "the tenth step")
         os.kill(os.getpid(), signal.SIGINT)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell in the background ignores
-    thread = threading.Thread(target=interrupt)
-    try:
-        thread.start()
-        t.fit(epochs=1000, processes=2)
-    finally:
-        thread.join()
-        signal.signal(signal.SIGINT, before)
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    t.fit(epochs=1000, processes=2)
+    thread.join()
     assert t.status.state == "interrupted" and t.status.message == "interrupted by SIGINT" and t.step == len(losses(t))
 
 
@@ -373,18 +371,18 @@ def test_stop_pause_and_rate_reach_all_ranks():
     said = []
 
     def steer():
-        while t.step < 10: time.sleep(.01)
+        until(lambda: t.step >= 10, "the tenth step")
         t.controls.pause()
-        while t.status.state != "paused": time.sleep(.01)
+        until(lambda: t.status.state == "paused", "a pause")
         said.append(t.step)
         time.sleep(1)
         said.append(t.step)
         t.lr = .25
         t.controls.resume()
-        while t.status.lr != .25 or t.step < said[1] + 5: time.sleep(.01)
+        until(lambda: t.status.lr == .25 and t.step >= said[1] + 5, "the new rate")
         t.stop()
 
-    thread = threading.Thread(target=steer)
+    thread = threading.Thread(target=steer, daemon=True)
     thread.start()
     t.fit(epochs=1000, processes=2)
     thread.join()
@@ -393,11 +391,13 @@ def test_stop_pause_and_rate_reach_all_ranks():
     assert rates[-1] == .25 and steps[-1] > said[1]
 
 
-def test_bad_input_is_told_before_processes_start(tmp_path):
+def test_bad_input_is_told_before_processes_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("arc_nb.engine.launch.Worker", lambda *given: pytest.fail("a process was started"))
+
     def refused(kind, match, fit=None, **given):
-        began = time.monotonic()
+        began = time.thread_time()  # of this thread's own work: others may load the machine
         with pytest.raises(kind, match=match): trainer(**given).fit(epochs=1, **{"processes": 2, **(fit or {})})
-        assert time.monotonic() - began < 3
+        assert time.thread_time() - began < 3
 
     refused(ValueError, "processes=0", {"processes": 0})
     refused(ValueError, "processes='all'", {"processes": "all"})
@@ -427,18 +427,26 @@ def test_weights_that_part_are_told():
     with pytest.warns(RuntimeWarning, match="everywhere = True"): trainer(callbacks=[Moves()]).fit(epochs=1, processes=2)
 
 
+def shared() -> set[str]:
+    "What we or the dead have in shared memory: torch's names tell whose they are, and browsers of others have their own."
+    others = lambda name: (owner := re.match(r"torch_(\d+)_", name)) and int(owner[1]) != os.getpid() and Path("/proc", owner[1]).exists()
+    return {name for name in os.listdir("/dev/shm") if not name.startswith(".org.") and not others(name)}
+
+
+def children() -> set[str]: return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+
+
 def test_nothing_is_left(tmp_path):
-    shm = set(os.listdir("/dev/shm"))
+    shm, young = shared(), children()  # tests before this one may have left some
     fds, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
     handlers, environment = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)], dict(os.environ)
     t = trainer(run=tmp_path / "run")
     for _ in range(2): t.fit(epochs=1, processes=2)
     t.callbacks.append(Fails(1, at=16))
     with pytest.raises(LookupError): t.fit(epochs=2, processes=2)
-    assert set(os.listdir("/dev/shm")) <= shm and len(os.listdir("/proc/self/fd")) <= fds + 1 and threading.active_count() <= threads
+    assert shared() <= shm and len(os.listdir("/proc/self/fd")) <= fds + 1 and threading.active_count() <= threads
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers and dict(os.environ) == environment
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    assert not children
+    assert children() <= young
 
 
 def test_a_function_with_a_trainer(tmp_path):

@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,7 +33,8 @@ class Channel:
     def __init__(self, rank: int, pipe: Connection):
         self.rank, self.pipe = rank, pipe
         self.leave = threading.Event()  # set when the parent has all that it wants of us
-        self._sending, self._reading, self._heard = threading.Lock(), threading.Lock(), list[Any]()
+        self._sending, self._reading, self._heard = threading.RLock(), threading.Lock(), list[Any]()
+        self._unsent, self._busy = deque[bytes](), False
         self.files: list[str] = []  # removed if the parent dies before it could
 
     def send(self, value: Any) -> None:
@@ -46,9 +48,14 @@ class Channel:
         return heard
 
     def tell(self, kind: str, value: Any = None) -> None:
-        """What the parent's loop understands."""
-        data = pickle.dumps((kind, value), protocol=5)
-        with self._sending: self.pipe.send_bytes(data)
+        """What the parent's loop understands. A thread that comes here again in the middle of a message, led by the garbage collector into
+        something that warns, leaves its words for itself to send afterwards."""
+        self._unsent.append(pickle.dumps((kind, value), protocol=5))
+        with self._sending:
+            while self._unsent and not self._busy:
+                self._busy = True
+                try: self.pipe.send_bytes(self._unsent.popleft())
+                finally: self._busy = False
 
     def read(self) -> None:
         """A thread's work: takes what comes, until the parent is gone, and then ends the process."""
