@@ -107,7 +107,8 @@ def test_the_guides_line_of_a_running_training(here):
     parent, child = pty.openpty()
     Path("data.txt").write_text(TEXT * 6)
     words = [ARC_NB, "train", "data.txt", "--output-dir", "m", *SMALL.split()]
-    running = subprocess.Popen(words, stdout=child, stderr=child, stdin=subprocess.DEVNULL)
+    running = subprocess.Popen(words, stdout=child, stderr=child, stdin=subprocess.DEVNULL,
+                               env={**os.environ, "COLUMNS": "120"})  # a narrow terminal has shorter words
     os.close(child)
     said = b""
     try:
@@ -119,26 +120,25 @@ def test_the_guides_line_of_a_running_training(here):
     assert re.search(r"Epoch 1/2\s", found) and re.search(shape, found), (shape, found)
 
 
-def command(*words: str | Path) -> list[str]: return [ARC_NB, *map(str, words)]
-
-
-def answer(*words: str | Path) -> str: return subprocess.run(command(*words), check=True, capture_output=True, text=True).stdout
-
-
-def test_stopped_by_a_signal_resumed_generates_and_scores_the_same(here):
+def test_stopped_by_a_signal_resumed_generates_and_scores_the_same(here, capsys):
     "SIGTERM in the middle of an epoch; then the same text and the same scores, to the last digit, as of a run that nobody stopped."
-    sizes = "--model-dim 64 --num-layers 2 --max-seq-len 16 --batch-size 4 --epochs 6 --lr-schedule cosine --seed 3".split()
+    def answer(*words: str) -> str:
+        assert main([*words]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    sizes = "--model-dim 64 --num-layers 2 --max-seq-len 16 --batch-size 4 --epochs 4 --lr-schedule cosine --seed 3".split()
     Path("data.txt").write_text(TEXT * 8)
-    running = subprocess.Popen(command("train", "data.txt", "--output-dir", "stopped", *sizes), stdout=subprocess.PIPE, text=True,
+    running = subprocess.Popen([ARC_NB, "train", "data.txt", "--output-dir", "stopped", *sizes], stdout=subprocess.PIPE, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    until(lambda: Path("stopped/checkpoint_epoch_2.pt").exists())
+    until(lambda: Path("stopped/checkpoint_epoch_1.pt").exists())
     running.send_signal(signal.SIGTERM)
     said = running.communicate()[0]
     assert running.returncode == 143 and "--resume-from stopped" in said and not Path("stopped/final_model.pt").exists()
-    answer("train", "data.txt", "--output-dir", "stopped", "--resume-from", "stopped", "--epochs", "6")
+    answer("train", "data.txt", "--output-dir", "stopped", "--resume-from", "stopped", "--epochs", "4")
     answer("train", "data.txt", "--output-dir", "whole", *sizes)
     for name in ("best.pt", "final_model.pt"):
-        texts = [answer("generate", f"{run}/{name}", "--prompt", "the ", "--max-tokens", "80", "--seed", "1") for run in ("stopped", "whole")]
+        more = "--prompt the --max-tokens 80 --seed 1".split()
+        texts = [answer("generate", f"{run}/{name}", *more) for run in ("stopped", "whole")]
         assert texts[0] == texts[1] and len(texts[0]) > 80
     for run in ("stopped", "whole"): answer("evaluate", f"{run}/final_model.pt", f"{run}/validation.txt", "--output", f"{run}.json")
     assert json.loads(Path("stopped.json").read_text()) == json.loads(Path("whole.json").read_text())
