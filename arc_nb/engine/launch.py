@@ -46,6 +46,8 @@ def processes_of(
         raise ValueError(f'processes={processes!r} is neither "auto" nor a whole number of processes, 1 or more')
     if gpus and processes > gpus:
         raise ValueError(f'processes={processes} are more than the {gpus} GPU{"s" * (gpus > 1)} here: take at most {gpus}, or device="cpu"')
+    if not gpus and processes > (most := max(16, 4 * cores())):
+        raise ValueError(f"processes={processes}: each loads torch and takes a core, and there are {cores()}: take at most {most} here")
     return processes, "cuda" if gpus else "cpu"
 
 # %% ../../nbs/engine/17_launch.ipynb #3be4f947
