@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 _rooms = {"Trainer": "trainer", "show": "runs", "Callback": "engine.events", "Checkpoints": "engine.keeping",
           "EarlyStopping": "engine.callbacks", "EMA": "engine.callbacks", "SWA": "engine.callbacks",
-          "notebook_launch": "relay", "Cluster": "engine.cluster", "Arc": "arc", "register_layer": "graph.catalogue", "CharLM": "tasks.text.charlm"}
+          "notebook_launch": "relay", "Cluster": "engine.cluster", "Arc": "arc",
+          "register_layer": "graph.catalogue", "CharLM": "tasks.text.charlm"}
 __all__ = ["Trainer", "Callback", "Checkpoints", "EarlyStopping", "EMA", "SWA", "show", "notebook_launch", "Cluster", "Arc",
            "register_layer", "CharLM"]
 

@@ -115,6 +115,7 @@ def assembled(
     parts = {"train": train, "valid": valid, "loss": loss_of(how.label_smoothing), "groups": decay_groups(model, how.weight_decay)}
     return Trainer(model, **{**given, **parts, **more})
 
+# %% ../../../nbs/tasks/79j_recipe.ipynb #d1fc8307
 def recipe(
     source: Corpus | str | Path,  # a corpus, or the path of a text
     *,
@@ -135,6 +136,7 @@ def recipe(
     model = network(shape, corpus.tokenizer, how.seed)
     return assembled(model, corpus, how, run=run, callbacks=callbacks, track=track, board=board, **data)
 
+# %% ../../../nbs/tasks/79j_recipe.ipynb #b4d15ecf
 def reading_of(
     how: TrainSettings,
     tokenizer: Any,  # one that exists already, or None
