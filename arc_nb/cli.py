@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from . import __version__
 from .arc import Arc
 from .home import ConfigError, DataError, ModelError
 from .commands import Desk, as_text, run
@@ -45,6 +46,7 @@ def main(
     shown, warnings.showwarning = warnings.showwarning, complain
     try:
         home, rest = home_of(list(sys.argv[1:] if words is None else words))
+        if rest == ["--version"]: print(f"arc_nb {__version__}"); return 0
         return run(rest, Desk(cache(lambda: Arc(home)), lambda value: print(as_text(value), flush=True), waits=True, prefix="arc-nb "))
     except (ConfigError, DataError, ModelError) as error:
         print(f"arc-nb: {error}", file=sys.stderr)
