@@ -13,7 +13,7 @@ lm = CharLM.from_text(text, model_dim=64, num_layers=1, num_heads=2, max_seq_len
 LEARN = "lm.fit(epochs=30, learning_rate=1e-2, sample_every=10, output_dir='model', callbacks=[Slower()])"
 AGAIN = "show('model')"
 PLAY = "lm.play('Thus', seed=3, temperature=0.5, max_new_tokens=60)"
-BACK = "running = lm.trainer.fit_async(epochs=400)"
+BACK = "import asyncio\nrunning = asyncio.ensure_future(lm.trainer.fit_async(epochs=400))"
 STOP = "lm.trainer.stop()\nawait running\nprint('STATE', lm.trainer.status.state)"
 TEXTS = f"{BOARD} .texts"
 TOLD = "document.querySelector('.arc-play .told')?.innerText || ''"
@@ -39,7 +39,7 @@ def test_samples_on_the_board_and_playing(lab, browser, out):
     p.until(f"(old) => document.querySelector('{TEXTS}').innerText !== old", first)
     p.until(f"() => document.querySelector('{TEXTS}').innerText.includes('<b>not')")    # it has learned, and markup is shown as it is
     assert p.page.evaluate(f"() => {PANEL}.content.widgets[1].model.executionState") == "running"
-    assert not p.page.locator(f"{TEXTS} b").count()
+    assert not p.page.locator(f"{TEXTS} .text b").count()
     p.shot(out / "text-dark.png")
     inside = p.page.evaluate(f"() => {{ const r = document.querySelector('{BOARD}'); return [r.scrollWidth, r.clientWidth] }}")
     assert inside[0] <= inside[1]
