@@ -124,3 +124,8 @@ def test_a_recipe_in_a_loop():
         trainer.fit(epochs=1)
         found.append(trainer.history.latest("valid_loss"))
     assert found[1] < found[0]
+
+
+def test_line_ends_are_those_of_files():
+    lm = fitted(lm=new(TEXT.replace("\n", "\r\n")), output_dir="a")
+    assert "\r" not in lm.tokenizer.alphabet and lm.evaluate(path="a/validation.txt") == lm.evaluate()

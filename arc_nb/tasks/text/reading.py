@@ -169,6 +169,7 @@ class Source:
         if wrong is not None: raise TypeError(f"a text is a str, and this one is a {type(wrong).__name__}")
         if not any(texts): raise ValueError("the text is empty: there is nothing to learn from")
         if any("\0" in t for t in texts): raise ValueError("the text has NUL characters: is it the content of a binary file?")
+        texts = [t.replace("\r\n", "\n").replace("\r", "\n") for t in texts]  # as a file is read
         return cls(("text",) * len(texts), tuple(partial(_cut, text) for text in texts), sum(map(len, texts)), **options)
 
     def texts(self) -> Iterator[Iterator[str]]:
