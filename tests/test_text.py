@@ -78,7 +78,7 @@ def test_the_guides_commands_run_as_typed(here, capsys):
     assert "Once upon a time" in (said := capsys.readouterr().out) and "val_loss=" in said
 
 
-@pytest.mark.filterwarnings("ignore:.*mixed_precision", "ignore:.*has no effect", "ignore:.*is odd")
+@pytest.mark.filterwarnings("ignore:.*mixed_precision", "ignore:.*has no effect", "ignore:.*numbers a head")
 @pytest.mark.parametrize("item", [pytest.param(i, id=f"{k}-{i['section']}".replace(" ", "_")) for k, i in enumerate(examples("flags"))])
 def test_the_guides_flags_are_taken(item, here, capsys):
     "One step with all flags of an example; of several values for one flag the last counts, and smaller sizes go behind."
@@ -105,7 +105,7 @@ def test_the_guides_line_of_a_running_training(here):
     shape = shape.replace("BAR", "[█░]{10}").replace("N", r"[\d.]+(?:e-\d+)?").replace(r"\ ", " +")
     import pty
     parent, child = pty.openpty()
-    Path("data.txt").write_text(TEXT * 6)
+    Path("data.txt").write_text(TEXT * 60)  # more than a second an epoch: the speed is told about four times a second
     words = [ARC_NB, "train", "data.txt", "--output-dir", "m", *SMALL.split()]
     running = subprocess.Popen(words, stdout=child, stderr=child, stdin=subprocess.DEVNULL,
                                env={**os.environ, "COLUMNS": "120"})  # a narrow terminal has shorter words
