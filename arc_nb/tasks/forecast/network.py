@@ -24,6 +24,8 @@ class Sizes:
     future: int = 0  # columns over the steps ahead: those known ahead
     static: int = 0  # columns of a whole series
     outputs: int = 1  # numbers for each step ahead
+    locations: tuple[int, ...] = (0,)  # those of the outputs that are values of y, such as a mean or quantiles
+    centre: int | None = 0  # the one that is the point forecast; None: no output is a value of y
 
     @property
     def flat(self) -> int: return self.input_size * (1 + self.past) + self.horizon * self.future + self.static  # of `flat(window)`
