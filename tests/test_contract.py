@@ -203,6 +203,8 @@ def case(loss):
     if loss == "bce_with_logits": return net(1), (x, binary)
     if loss == "poisson_nll": return net(1), (x, y.abs().round())
     if loss == "gaussian_nll": return Two(), (x, y)
+    if loss == "student_t_nll": return nn.Sequential(net(3), nn.Softplus()), (x, y)
+    if loss == "negative_binomial_nll": return nn.Sequential(net(2), nn.Softplus()), (x, y.abs().round())
     if loss == "quantile": return net(3), (x, y)
     return net(1), (x, y)
 

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distributions import gaussian_nll, quantile
+from .distributions import gaussian_nll, negative_binomial_nll, quantile, student_t_nll
 from .losses import Objective, bce, bce_with_logits, cross_entropy, huber, l1, mse, nll, poisson_nll
 from .lookup import check_options, split_spec, unknown
 
 # %% ../../nbs/engine/04_objectives.ipynb #eae7acf0
 LOSSES: dict[str, Callable[..., Objective]] = {
     "mse": mse, "l1": l1, "mae": l1, "huber": huber, "bce": bce, "bce_with_logits": bce_with_logits, "cross_entropy": cross_entropy,
-    "nll": nll, "gaussian_nll": gaussian_nll, "poisson_nll": poisson_nll, "quantile": quantile}
+    "nll": nll, "gaussian_nll": gaussian_nll, "poisson_nll": poisson_nll, "quantile": quantile, "student_t_nll": student_t_nll,
+    "negative_binomial_nll": negative_binomial_nll}
 
 def losses() -> dict[str, str]: # name -> one line
     "The losses that have a name, with a line on each"
