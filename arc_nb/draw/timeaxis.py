@@ -53,7 +53,7 @@ def _series(ds: Any) -> "pd.Series":
         raise ValueError(f"dates such as {few} are not understood: give datetimes, ISO texts (2024-01-31) or whole numbers.") from None
 
 # %% ../../nbs/draw/24d_timeaxis.ipynb #8ee301dd
-_STEPS = {"ms": (1, 10, 100), "s": (1, 2, 5, 10, 15, 30), "m": (1, 2, 5, 10, 15, 30), "h": (1, 2, 3, 6, 12), "D": (1, 2, 7, 14),
+_STEPS = {"ms": (1, 10, 100), "s": (1, 2, 5, 10, 15, 30), "m": (1, 2, 5, 10, 15, 30), "h": (1, 2, 3, 6, 12), "D": (1, 2, 4, 7, 14),
           "M": (1, 2, 3, 6), "Y": tuple(m * 10**k for k in range(6) for m in (1, 2, 5))}
 _SECONDS = {"ms": .001, "s": 1., "m": 60., "h": 3600., "D": 86400., "M": 30.44 * 86400, "Y": 365.25 * 86400}
 
@@ -129,9 +129,13 @@ def time_grid(
     for mark, p in zip(marks, x(np.array([m.at for m in marks])).tolist()):
         out.append(tag("line", x1=p, x2=p, y1=box.bottom, y2=box.bottom + 4, stroke="@ghost"))
         if not labels: continue
-        out.append(words(p, box.bottom + 17, mark.label, anchor="middle"))
-        wide = 5.8 * len(mark.below)
-        if mark.below and p - wide / 2 >= free:
-            out.append(words(p, box.bottom + 31, mark.below, size=10.5, anchor="middle"))
-            free = p + wide / 2 + 6
+        out.append(words(_kept(p, mark.label, box), box.bottom + 17, mark.label, anchor="middle"))
+        middle, wide = _kept(p, mark.below, box), 5.8 * len(mark.below)
+        if mark.below and middle - wide / 2 >= free:
+            out.append(words(middle, box.bottom + 31, mark.below, size=10.5, anchor="middle"))
+            free = middle + wide / 2 + 6
     return "".join([*rows, base, *out])
+
+def _kept(p: float, text: str, box: Box) -> float:
+    """The middle of a label: at its tick, and no farther out than the margins of a picture are wide."""
+    return max(min(p, box.right + 16 - 2.9 * len(text)), box.left - 34 + 2.9 * len(text))
