@@ -10,10 +10,10 @@ __version__ = "0.1.0"
 from typing import TYPE_CHECKING
 
 _rooms = {"Trainer": "trainer", "show": "runs", "Callback": "engine.events", "Checkpoints": "engine.keeping",
-          "EarlyStopping": "engine.callbacks", "EMA": "engine.callbacks", "SWA": "engine.callbacks",
+          "EarlyStopping": "engine.callbacks", "EMA": "engine.callbacks", "SWA": "engine.callbacks", "Plots": "watch.plots",
           "notebook_launch": "relay", "Cluster": "engine.cluster", "Arc": "arc",
           "register_layer": "graph.catalogue", "CharLM": "tasks.text.charlm"}
-__all__ = ["Trainer", "Callback", "Checkpoints", "EarlyStopping", "EMA", "SWA", "show", "notebook_launch", "Cluster", "Arc",
+__all__ = ["Trainer", "Callback", "Checkpoints", "EarlyStopping", "EMA", "SWA", "Plots", "show", "notebook_launch", "Cluster", "Arc",
            "register_layer", "CharLM"]
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .runs import show
     from .tasks.text.charlm import CharLM
     from .trainer import Trainer
+    from .watch.plots import Plots
 
 
 def __getattr__(name: str):
