@@ -236,7 +236,9 @@ class Metrics:
 
     def update(self, output: Any, target: Any, weight: Tensor | None = None, indexes: Tensor | None = None) -> None:
         "Count a batch in; `indexes` say which query a row of a flat ranking belongs to"
-        if weight is not None: output, target = (drop(values, weight.reshape(-1) != 0) for values in (output, target))
+        if weight is not None:
+            counted = weight != 0 if isinstance(target, Tensor) and weight.shape == target.shape else weight.reshape(-1) != 0
+            output, target = (drop(values, counted) for values in (output, target))
         for member in self.members:
             more = {"indexes": indexes, "first": self.first + self.rows} if member.kind == "ranks" else {}
             member.update(pick(member, output, "outputs"), pick(member, target, "targets"), **more)
