@@ -100,8 +100,8 @@ def check_output(
 ) -> None:
     "ValueError where a model's output is not what its loss takes"
     if values.ndim != 3 or values.shape[-1] != loss.outputs:
-        raise ValueError(f"{loss.name} takes {loss.outputs} outputs a step, (windows, steps, {loss.outputs}), but the network gave "
-                         f"{tuple(output.values.shape)}: build it with Sizes(outputs={loss.outputs}).")
+        raise ValueError(f"{loss.name} takes {loss.outputs} output{'s' if loss.outputs > 1 else ''} a step, (windows, steps, {loss.outputs}), "
+                         f"but the network gave {tuple(output.values.shape)}: build it with Sizes(outputs={loss.outputs}).")
     rows = (len(values), 1)
     for what, given in (("loc", output.loc), ("scale", output.scale)):
         if given.shape != rows: raise ValueError(f"{what} has shape {tuple(given.shape)}: give one a window, {rows}.")
@@ -209,6 +209,12 @@ class MASE(ForecastLoss):
     def losses(self, output: Any, target: Tensor) -> Tensor:
         point, unit = self.point(output), self.unit(output)
         return torch.where(unit > 0, (fit_shape(point, target, self.name) - point).abs() / torch.where(unit > 0, unit, 1.0), 0.0)
+
+    def check(self, output: Any, target: Any, weight: Tensor | None = None) -> None:
+        super().check(output, target, weight)
+        still = int((self.unit(output) == 0).sum())
+        if still == len(target): raise ValueError("mase has no value for a past that repeats itself exactly, and here every window's does.")
+        if still: warn(f"mase has no value for a past that repeats itself exactly: {still} of {len(target)} windows are left out.")
 
 def whole(name: str, value: Any) -> int:
     "A whole number from 1 on, or a ValueError"
