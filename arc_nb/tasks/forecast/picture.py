@@ -185,6 +185,7 @@ def _traces(one: Shown, roles: dict[str, str], c: dict[str, str]) -> Iterator[di
         between = lambda k: f"%{{customdata[{2 * k}]:,.5g}} to %{{customdata[{2 * k + 1}]:,.5g}}"
         told = value + "".join(f"<br>{level:g}%: {between(k)}" for k, level in enumerate(a.bands))
         pen: dict[str, Any] = {"line": {"color": c[roles[a.model]], "width": 2}, "mode": "lines+markers" if len(a.x) <= 60 else "lines"}
+        yield {**_at(one, a.points(a.y)[0][:2], a.points(a.y)[1][:2]), **pen, "mode": "lines", "hoverinfo": "skip", "showlegend": False}
         yield {**_at(one, a.x, a.y), **pen, "name": a.model, "marker": {"size": 4}, "customdata": ends, "hovertemplate": told}
     dots = {"mode": "markers", "marker": {"color": c["fg"], "size": 6}}
     if len(one.actual[0]): yield {**_at(one, *one.actual), **dots, "name": "actual", "hovertemplate": value}
@@ -224,11 +225,12 @@ def _explored(found: list[Shown], last: int | None, title: str, unit: str, theme
     import plotly.graph_objects as go
     look, roles = template(theme), roles_of(found)
     each = [list(_traces(one, roles, THEMES[theme])) for one in found]
-    out = go.Figure([go.Scatter(**trace, visible=i == 0, legendgroup=trace["name"]) for i, part in enumerate(each) for trace in part])
+    out = go.Figure([go.Scatter(**trace, visible=i == 0) for i, part in enumerate(each) for trace in part])
     owner = np.array([i for i, part in enumerate(each) for _ in part])
     choices = [{"label": cut(one.name, 30), "method": "update", "args": [{"visible": (owner == i).tolist()}, _head(one, title, last)]}
                for i, one in enumerate(found)]
-    menu = {"buttons": choices, "x": 1, "xanchor": "right", "y": 1.2, "yanchor": "top", "showactive": True}
+    menu = {"buttons": choices, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "bgcolor": THEMES[theme]["bg"],
+            "bordercolor": THEMES[theme]["ghost"], "font": {"color": "#6f86a8"}}  # plotly's chosen entry is always light
     first, step = _head(found[0], title, last), found[0].step
     if found[0].dated: out.update_xaxes(hoverformat="%b %Y" if step > 27 * 86400 else "%-d %b %Y" if step >= 86400 else "%-d %b %Y %H:%M")
     out.update_xaxes(range=first["xaxis.range"], rangeslider={"visible": True, "thickness": .09})
