@@ -100,8 +100,9 @@ def check_output(
 ) -> None:
     "ValueError where a model's output is not what its loss takes"
     if values.ndim != 3 or values.shape[-1] != loss.outputs:
-        raise ValueError(f"{loss.name} takes {loss.outputs} output{'s' if loss.outputs > 1 else ''} a step, (windows, steps, {loss.outputs}), "
-                         f"but the network gave {tuple(output.values.shape)}: build it with Sizes(outputs={loss.outputs}).")
+        number = f"{loss.outputs} output{'s' if loss.outputs > 1 else ''}"
+        raise ValueError(f"{loss.name} takes {number} a step, (windows, steps, {loss.outputs}), but the network gave "
+                         f"{tuple(output.values.shape)}: build it with Sizes(outputs={loss.outputs}).")
     rows = (len(values), 1)
     for what, given in (("loc", output.loc), ("scale", output.scale)):
         if given.shape != rows: raise ValueError(f"{what} has shape {tuple(given.shape)}: give one a window, {rows}.")
@@ -249,9 +250,10 @@ class Quantiles(ForecastLoss):
     def point(self, output: Any) -> Tensor: return self.ordered(output)[..., self.centre or 0]
 
     def quantiles(self, output: Any, levels: Sequence[float]) -> Tensor:
-        trained, wanted, ordered = torch.tensor(self.levels), torch.tensor(list(levels)), self.ordered(output)
-        outside = [q for q in levels if not self.levels[0] - 1e-6 <= q <= self.levels[-1] + 1e-6]
-        if outside: raise ValueError(f"the levels {outside} lie outside those that were trained, {self.levels}: train with wider levels=.")
+        ordered, trained, wanted = self.ordered(output), torch.tensor(self.levels), torch.tensor([float(q) for q in levels])
+        outside = [f"{q:g}" for q in wanted.tolist() if not self.levels[0] - 1e-6 <= q <= self.levels[-1] + 1e-6]
+        if outside:
+            raise ValueError(f"the levels {', '.join(outside)} lie outside those that were trained, {self.levels}: train with wider levels=.")
         if len(trained) == 1: return ordered.expand(*ordered.shape[:-1], len(wanted))
         right = torch.searchsorted(trained, wanted).clamp(1, len(trained) - 1)
         share = ((wanted - trained[right - 1]) / (trained[right] - trained[right - 1])).clamp(0, 1).to(ordered.device)

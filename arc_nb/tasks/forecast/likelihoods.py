@@ -55,7 +55,7 @@ class Gaussian(Likelihood):
 
     def quantiles(self, output: Any, levels: Sequence[float]) -> Tensor:
         mean, deviation = self.parameters(output)
-        at = torch.special.ndtri(torch.tensor(list(levels), dtype=mean.dtype, device=mean.device))
+        at = torch.special.ndtri(torch.tensor([float(q) for q in levels], dtype=mean.dtype, device=mean.device))
         return self.back(output, (mean + deviation * at[:, None, None])).movedim(0, -1)
 
     def sample(self, output: Any, number: int, generator: torch.Generator | None = None) -> Tensor:
@@ -75,7 +75,7 @@ class StudentT(Likelihood):
     def quantiles(self, output: Any, levels: Sequence[float]) -> Tensor:
         from scipy.special import stdtrit
         loc, spread, df = self.parameters(output)
-        at = torch.tensor(list(levels), dtype=torch.float64)[:, None, None]
+        at = torch.tensor([float(q) for q in levels], dtype=torch.float64)[:, None, None]
         standard = torch.as_tensor(stdtrit(df.detach().double().cpu().numpy(), at.numpy()))
         return self.back(output, loc + spread * standard.to(loc)).movedim(0, -1)
 
@@ -101,7 +101,7 @@ class NegativeBinomial(Likelihood):
     def quantiles(self, output: Any, levels: Sequence[float]) -> Tensor:
         from scipy.stats import nbinom
         mean, spread = (p.detach().double().cpu().clamp(min=1e-8).numpy()[..., None] for p in self.parameters(output))
-        at = torch.as_tensor(nbinom.ppf(list(levels), 1 / spread, 1 / (1 + spread * mean)))
+        at = torch.as_tensor(nbinom.ppf([float(q) for q in levels], 1 / spread, 1 / (1 + spread * mean)))
         return at.to(self.values(output)[0])
 
     def sample(self, output: Any, number: int, generator: torch.Generator | None = None) -> Tensor:

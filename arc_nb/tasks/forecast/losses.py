@@ -121,13 +121,11 @@ class ByTime(Rows):
 
 # %% ../../../nbs/tasks/84ba_losses.ipynb #4539b9e1
 def phases(
-    times: np.ndarray, # (n,) datetime64 or int64
-    freq: Any, # as `Clock` takes it
+    ordinals: np.ndarray, # (n,) int64, as the clock counts
+    clock: Clock, # of a panel
     season_length: int, # steps
 ) -> np.ndarray: # (n,) int64, 0 to season_length - 1
     "The place of each time in its season; phase 0 begins in January, on Monday or at midnight"
-    clock = Clock(freq)
-    ordinals, _ = clock.ordinals(times)
     days = {"day": 1, "business": 1, "tick": 86_400 * (10**9 if clock.unit == "ns" else 10**6)}.get(clock.kind, 0)
     return (ordinals + 3 * days) // clock.step % whole("season_length", season_length) # 1970-01-01 was a Thursday
 
@@ -141,7 +139,7 @@ class Seasonal(Rows):
             raise ValueError(f"seasonal needs a weight for each of its {season_length} phases, but got {len(self.weights.values)}.")
 
     def own_weights(self, panel: Any) -> np.ndarray:
-        return self.weights.values.numpy()[phases(panel.times, panel.freq, self.season_length)]
+        return self.weights.values.numpy()[phases(panel.ordinals, panel.clock, self.season_length)]
 
 # %% ../../../nbs/tasks/84ba_losses.ipynb #d284d66f
 class ByPast(Over):
