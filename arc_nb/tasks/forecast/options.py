@@ -38,8 +38,7 @@ class Options:
     fill: Any = None  # how gaps are filled; None: they are an error
     duplicates: str = "error"  # or "mean", "last", "sum"
     sort: bool = False  # whether rows may come in any order
-    weights: Callable[..., Any] | None = None  # fn(ds, y) -> what each value counts for as a target
-    augment: Mapping[str, Any] | None = None  # changes of training windows, such as {"jitter": 0.03}
+    augment: Any = None  # changes of training windows, such as {"jitter": 0.03}
     window_step: int = 1  # steps from one training window to the next
     val_size: int | float | None = None  # last steps of each series for validation, or a share; None: a horizon where there is room
     patience: int | None = None  # validations without a new best before training stops; None: it goes on
@@ -60,8 +59,6 @@ class Options:
         check_validation(self.val_size)
         scaler_named(self.scaler)
         if self.scale_by not in ("window", "series"): raise ValueError(f"scale_by={self.scale_by!r} is none of 'window', 'series'")
-        if self.weights is not None and not callable(self.weights):
-            raise TypeError(f"weights={self.weights!r} has to be a function of (ds, y)")
 
     def idle(self) -> None:
         """Warns of options that have no effect."""
@@ -112,13 +109,13 @@ def check_validation(
 # %% ../../../nbs/tasks/85a_options.ipynb #52cc0247
 ELSEWHERE = {  # a name that people know -> what to type here
     "h": "horizon", "learning_rate": "lr", "epochs": "max_epochs", "steps": "max_steps", "num_epochs": "max_epochs",
-    "early_stopping": "patience", "early_stop_patience_steps": "patience", "validation_split": "val_size", "gradient_clipping": "clip_norm",
-    "gradient_clip_val": "clip_norm", "l1_regularization": "l1", "l2_regularization": "l2", "mixed_precision": 'precision="bf16"',
-    "scheduler": "schedule", "learning_rate_scheduler": "schedule", "random_seed": "seed", "scaler_type": "scaler",
-    "futr_exog_list": "future", "hist_exog_list": "past", "stat_exog_list": "static", "loss_function": "loss",
-    "quantiles": 'loss=("quantile", {"levels": [...]})',
-    "likelihood": "loss", "sample_size": "samples", "quantile_levels": "levels", "checkpoint_dir": "run", "default_root_dir": "run",
-    "data_augmentation": "augment", "num_workers": "workers", "accumulation_steps": "accumulate"}
+    "early_stopping": "patience", "early_stop_patience_steps": "patience", "validation_split": "val_size", "scheduler": "schedule",
+    "gradient_clipping": "clip_norm", "gradient_clip_val": "clip_norm", "l1_regularization": "l1", "l2_regularization": "l2",
+    "mixed_precision": 'precision="bf16"', "learning_rate_scheduler": "schedule", "random_seed": "seed", "scaler_type": "scaler",
+    "futr_exog_list": "future", "hist_exog_list": "past", "stat_exog_list": "static", "loss_function": "loss", "likelihood": "loss",
+    "quantiles": 'loss=("quantile", {"levels": [...]})', "weights": 'loss=("weighted", {"by": fn})', "sample_size": "samples",
+    "quantile_levels": "levels", "checkpoint_dir": "run", "default_root_dir": "run", "data_augmentation": "augment",
+    "num_workers": "workers", "accumulation_steps": "accumulate"}
 SMOOTHING = ("label_smoothing spreads the share of a class over the other classes, and a forecast has no classes. Against intervals that "
              'are too sure take loss="student_t" or intervals=Conformal(), against overfitting dropout, weight decay or patience')
 TAKEN = ("model", "train", "valid", "loss", "seed", "step", "target", "weighted", "self")  # of the Trainer: the forecaster's own business

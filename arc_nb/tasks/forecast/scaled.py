@@ -22,9 +22,10 @@ class Scaled(nn.Module):
         network: nn.Module,  # its forward takes a Window
         scaler: str = "standard",  # of y, one of SCALERS
         columns: ColumnScales | None = None,  # of the columns beside y
+        tells_past: bool = False,  # whether the loss wants the past, too
     ):
         super().__init__()
-        self.network, self.scaler = network, scaler_named(scaler)
+        self.network, self.scaler, self.tells_past = network, scaler_named(scaler), tells_past
         nothing = torch.tensor([[0.0], [1.0]])
         for name, found in zip(ColumnScales._fields, columns or (nothing[:, :0],) * 3): self.register_buffer(f"{name}_scales", found)
 
@@ -54,10 +55,10 @@ class Scaled(nn.Module):
         static: Tensor,
         level: Tensor,
         ahead: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(values (B, horizon, outputs) at the size of one, location (B, 1), scale (B, 1))."""
+    ) -> tuple[Tensor, ...]:
+        """(values (B, horizon, outputs) at the size of one, location (B, 1), scale (B, 1)), and y where the loss wants it."""
         window, loc, scale = self.window(y, past, future, static, level, ahead)
-        return self.network(window), loc, scale
+        return (self.network(window), loc, scale, *([y] if self.tells_past else []))
 
 # %% ../../../nbs/tasks/85_scaled.ipynb #de13957d
 def sized(
