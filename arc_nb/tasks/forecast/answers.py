@@ -53,14 +53,14 @@ def ask(
 ) -> Answers:
     """What the model says of each window. The model's mode and all random generators stay as they were."""
     device = next(model.parameters()).device
-    found = []
+    found: list[tuple[np.ndarray, np.ndarray | None]] = []
     with evaluating(model):
         for number, rows in enumerate(torch.arange(len(inputs)).split(batch_size)):
             there = [t.to(device) for t in inputs.take(rows)]
             if model.autoregressive: found.append(_drawn(model, loss, there, levels, samples, seed + number))
             else: found.append(_direct(model, loss, there, levels))
     points, quantiles = zip(*found)
-    return Answers(np.concatenate(points), None if quantiles[0] is None else np.concatenate(quantiles))
+    return Answers(np.concatenate(points), None if quantiles[0] is None else np.concatenate([q for q in quantiles if q is not None]))
 
 def _direct(model: Scaled, loss: Any, inputs: list[Tensor], levels: Sequence[float]) -> tuple[np.ndarray, np.ndarray | None]:
     """Point and quantiles from the outputs."""

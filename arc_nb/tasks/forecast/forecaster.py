@@ -164,7 +164,7 @@ class Fitting(Reading):
         trainer.fit(**self._far(epochs, steps), **more)
         return self
 
-    def _far(self, epochs: int | None, steps: int | None) -> dict[str, int | None]:
+    def _far(self, epochs: int | None, steps: int | None) -> dict[str, Any]:
         """How far to train."""
         how = self.options
         if epochs is None and steps is None: epochs, steps = how.max_epochs, how.max_steps
