@@ -253,7 +253,7 @@ class Quantiles(ForecastLoss):
         ordered, trained, wanted = self.ordered(output), torch.tensor(self.levels), torch.tensor([float(q) for q in levels])
         outside = [f"{q:g}" for q in wanted.tolist() if not self.levels[0] - 1e-6 <= q <= self.levels[-1] + 1e-6]
         if outside:
-            raise ValueError(f"the levels {', '.join(outside)} lie outside those that were trained, {self.levels}: train with wider levels=.")
+            raise ValueError(f"the levels {', '.join(outside)} lie outside those that were trained, {self.levels}: widen levels=.")
         if len(trained) == 1: return ordered.expand(*ordered.shape[:-1], len(wanted))
         right = torch.searchsorted(trained, wanted).clamp(1, len(trained) - 1)
         share = ((wanted - trained[right - 1]) / (trained[right] - trained[right - 1])).clamp(0, 1).to(ordered.device)
