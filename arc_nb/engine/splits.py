@@ -170,8 +170,8 @@ def _too_short(folds: TimeSeriesFolds, test: int, least: int, step: int, steps: 
     out = folds.gap + folds.purge
     need, fit = test + (folds.n_splits - 1) * step + out + least, (steps - test - out - least) // step + 1
     way = f"n_splits={fit} fits, or" if fit >= 1 else "Take"
-    return (f"{folds.n_splits} test parts of {test} time steps, {step} apart, with {out} left out before each and at least {least} to train "
-            f"on, need {need} time steps, and there are {steps}. {way} a smaller test_size, gap or purge")
+    return (f"{folds.n_splits} test parts of {test} time steps, {step} apart, with {out} left out before each and at least {least} to "
+            f"train on, need {need} time steps, and there are {steps}. {way} a smaller test_size, gap or purge")
 
 # %% ../../nbs/engine/03f_splits.ipynb #a8dcfa2e
 @dataclass(frozen=True)
