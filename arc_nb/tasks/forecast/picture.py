@@ -73,14 +73,17 @@ def spread(
     top: float,               # none above
     bottom: float,            # none below
 ) -> list[float]:
-    """Places near the wanted ones that keep their distance and their order."""
+    """Places as near as can be to the wanted ones that keep their distance and their order."""
     order = np.argsort(wanted, kind="stable")
-    at = np.asarray(wanted, float)[order]
-    lanes = gap * np.arange(len(at))
-    at = np.minimum(np.maximum.accumulate(np.maximum(at, top) - lanes), bottom - lanes[-1:]) + lanes
-    at = np.minimum.accumulate((at - lanes)[::-1])[::-1] + lanes
-    out = np.empty(len(at))
-    out[order] = at
+    lanes = gap * np.arange(len(order))
+    blocks: list[tuple[float, int]] = []  # mean and size: neighbours that touch become one (isotonic regression)
+    for place in np.asarray(wanted, float)[order] - lanes:
+        blocks.append((float(place), 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (p, n), (q, m) = blocks.pop(), blocks.pop()
+            blocks.append(((p * n + q * m) / (n + m), n + m))
+    out = np.empty(len(order))
+    out[order] = np.clip([p for p, n in blocks for _ in range(n)], top, max(top, bottom - gap * (len(order) - 1))) + lanes
     return out.tolist()
 
 def _names(one: Shown, roles: dict[str, str], y: Axis, area: Box) -> str:
@@ -89,8 +92,11 @@ def _names(one: Shown, roles: dict[str, str], y: Axis, area: Box) -> str:
     texts: list[tuple[float, str, str, int | None]] = [(float(y(a.y[-1])), cut(a.model, 16), roles[a.model], 600) for a in latest.values()]
     texts += [(float(y(a.bands[v][1][-1])), f"{v:g}%", roles[a.model], None) for a in latest.values() for v in a.bands]
     if len(one.actual[1]): texts.append((float(y(one.actual[1][-1])), "actual", "fg", None))
-    places = spread([t[0] for t in texts], 13, area.top + 4, area.bottom - 4)
-    return "".join(words(area.right + 9, p + 3.8, text, ink, 11, weight=weight) for p, (_, text, ink, weight) in zip(places, texts))
+    places = spread([t[0] for t in texts], 14.5, area.top + 4, area.bottom - 4)
+    hair = {"fill": "none", "stroke_width": .8, "stroke_opacity": "0.65"}
+    lead = lambda at, p, ink: tag("path", d=f"M{area.right + 3:.1f},{at:.1f} l4,0 L{area.right + 16:.1f},{p:.1f}", stroke=f"@{ink}", **hair)
+    return "".join(lead(at, p, ink) + words(area.right + 20, p + 3.8, text, ink, 11, weight=weight)
+                   for p, (at, text, ink, weight) in zip(places, texts))
 
 # %% ../../../nbs/tasks/87b_picture.ipynb #990b77c5
 def picture(
@@ -138,7 +144,7 @@ def _laid_out(found: list[Shown], roles: dict[str, str], ends: tuple[float, floa
     high = 250. if not many else 118. if columns == 1 else 104.
     note = ", ".join(filter(None, [unit, ahead_of(found[0])]))
     out = [heading(title, note, Box(16, 14, width - 16 - 280 * many, 40))] + [_key(found, roles, width - 20)] * many
-    right = 20. if many else 18 + 6.6 * max(len(cut(a.model, 16)) for a in found[0].ahead)
+    right = 20. if many else 34 + 6.8 * max(len("actual"), *(len(cut(a.model, 16)) for a in found[0].ahead))
     wide = (width - 16 - right - 26 * (columns - 1)) / columns
     top = 56.
     for i, one in enumerate(found):

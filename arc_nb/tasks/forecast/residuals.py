@@ -128,7 +128,7 @@ class Residuals:
     model: str
     errors: "pd.DataFrame"    # unique_id, ds, step, error, fitted: those tested
     findings: list[Finding]   # bias, autocorrelation, normality, equal spread
-    by_step: "pd.DataFrame"   # step, errors, bias, rmse
+    by_step: "pd.DataFrame"   # step, errors, mean, rmse
     rho: np.ndarray           # (lags,) autocorrelations
     alpha: float              # a p value below it is a finding
 
@@ -224,7 +224,7 @@ def analyse(
     e, against, ids = _scaled(found)
     rho = acf(e, lags or max(1, min(2 * season_length if season_length > 1 else 10, fewest // 5)), ids)
     findings = [_bias(found, e, alpha), _memory(e, ids, rho, parameters, alpha), _shape(e, ids, alpha), _spread(e, against, alpha)]
-    by_step = given.groupby("step")["error"].agg(errors="size", bias="mean", rmse=lambda v: float(np.sqrt(np.mean(v**2)))).reset_index()
+    by_step = given.groupby("step")["error"].agg(errors="size", mean="mean", rmse=lambda v: float(np.sqrt(np.mean(v**2)))).reset_index()
     name = model or (next(iter(models_of(errors))) if hasattr(errors, "columns") else "the model")
     return Residuals(name, found, findings, by_step, rho, alpha)
 
@@ -319,7 +319,7 @@ def _steps(r: Residuals) -> Curves:
     """The error by steps ahead."""
     at, t = r.by_step["step"].to_numpy(float), r.by_step
     lines = [Line("", at[[0, -1]], np.zeros(2), "ghost"), Line("RMSE", at, t["rmse"].to_numpy(), "train", dots=len(at) < 25),
-             Line("bias", at, t["bias"].to_numpy(), "valid")]
+             Line("mean", at, t["mean"].to_numpy(), "valid")]
     return Curves("By step", lines, "", "steps ahead")
 
 def _quantiles(r: Residuals) -> Curves:
