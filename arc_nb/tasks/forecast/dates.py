@@ -257,6 +257,7 @@ def infer_freq(
 def _by_distance(wall: np.ndarray, times: np.ndarray) -> str:
     """A name for the most frequent distance of dates with gaps."""
     import pandas as pd
+    from pandas.tseries.frequencies import to_offset
     days, months = wall.astype("M8[D]"), wall.astype("M8[M]")
     level = len(np.unique(wall - days)) == 1
     for letter, edge in (("S", months.astype("M8[D]")), ("E", (months + 1).astype("M8[D]") - 1)):
@@ -265,7 +266,7 @@ def _by_distance(wall: np.ndarray, times: np.ndarray) -> str:
         if step in (3, 12): return f"{'Q' if step == 3 else 'Y'}{letter}-{month}"
         return f"{step if step > 1 else ''}M{letter}"
     step = _most(np.diff((days if level else times).astype(np.int64)), wall)
-    if not level: return str(pd.tseries.frequencies.to_offset(pd.Timedelta(np.timedelta64(step, np.datetime_data(times.dtype)[0]))).freqstr)
+    if not level: return str(to_offset(pd.Timedelta(np.int64(step).astype(np.diff(times).dtype))).freqstr)
     if step == 7: return f"W-{pd.Timestamp(days[0]).strftime('%a').upper()}"
     if step == 1 and len(days) > 6 and np.is_busday(days).all(): return "B"
     return f"{step if step > 1 else ''}D"

@@ -61,7 +61,7 @@ class Flat:
     @property
     def last_ordinals(self) -> np.ndarray: return self.first + (self.lengths - 1) * self.clock.step  # (S,) int64
     @property
-    def times(self) -> np.ndarray: return self.clock.times(self.ordinals)  # (n,) datetime64, hours with a time zone in UTC; or int64
+    def times(self) -> np.ndarray: return self.clock.times(self.ordinals)  # (n,) datetime64 (hours with a time zone in UTC) or int64
 
     @property
     def ordinals(self) -> np.ndarray:
@@ -84,8 +84,9 @@ class Divided(Flat):
         lengths = (self.lengths if stop is None else stop)[keep] - start
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         at = np.repeat(self.offsets[:-1][keep] + start - offsets[:-1], lengths) + np.arange(offsets[-1])
+        counts = {name: count[keep] for name, count in self.counts.items()}
         return replace(self, index=self.index.take(keep), offsets=offsets, y=self.y[at], first=self.first[keep] + start * self.clock.step,
-                       columns=self.columns[at], static=self.static[keep], counts={name: count[keep] for name, count in self.counts.items()})
+                       columns=self.columns[at], static=self.static[keep], counts=counts)
 
     def cuts(
         self,
@@ -129,14 +130,16 @@ def ordinal_of(
     import pandas as pd
     clock, number = layout.clock(), isinstance(cutoff, (int, float, np.number, bool))
     if clock.whole:
-        if not number or isinstance(cutoff, (float, bool, np.floating)): raise ValueError(f"cutoff={cutoff!r}: ds counts steps, so give a whole number")
+        if not number or isinstance(cutoff, (float, bool, np.floating)):
+            raise ValueError(f"cutoff={cutoff!r}: ds counts steps, so give a whole number")
         return int(cutoff)
     wrong = ValueError(f"cutoff={cutoff!r} is no date: give such as '2024-01-31' or a Timestamp")
     try: time = None if number else pd.Timestamp(cutoff)
     except (ValueError, TypeError) as error: raise wrong from error
     if time is None or pd.isna(time): raise wrong
     if time.tz is None and layout.tz: time = time.tz_localize(layout.tz, ambiguous=True, nonexistent="shift_forward")
-    if time.tz is not None and not layout.tz: raise ValueError(f"cutoff={cutoff!r} has a time zone, and the series have none: .tz_localize(None)")
+    if time.tz is not None and not layout.tz:
+        raise ValueError(f"cutoff={cutoff!r} has a time zone, and the series have none: cutoff.tz_localize(None)")
     return clock.at_least(moments(pd.Series([time]))[0][0])
 
 # %% ../../../nbs/tasks/82_panel.ipynb #91c5b7c1
@@ -206,10 +209,12 @@ class Panel(Measured):
         """The series of a long frame. ValueError or TypeError, with the series' name, for all that is not regular or has no place."""
         said = Layout(freq=freq, past=None if past is None else _names(past), fill=fill, duplicates=duplicates, sort=sort, id=id, time=time,
                       target=target, future=_names(future), static=_names(static), calendar=_names(calendar))
-        if like is not None and said != Layout(): raise ValueError("like= says how the frame is read: leave the other options out, static_frame aside")
+        if like is not None and said != Layout():
+            raise ValueError("like= says how the frame is read: leave the other options out, static_frame aside")
         found = (like or said).parts(frame, static_frame)
-        return Panel(found.rows.ids, found.grid.offsets, found.grid.columns[found.layout.target].astype(np.float32), found.grid.first, found.columns,
-                     found.static, found.layout, found.static_names, found.grid.counts)
+        grid, layout = found.grid, found.layout
+        return Panel(found.rows.ids, grid.offsets, grid.columns[layout.target].astype(np.float32), grid.first, found.columns, found.static,
+                     layout, found.static_names, grid.counts)
 
     def frame(self) -> "pd.DataFrame":
         """The panel as a long frame, with the columns of past and future; the calendar and static columns are left out."""
@@ -219,7 +224,7 @@ class Panel(Measured):
         return pd.DataFrame(found | {name: self.columns[:, k] for k, name in enumerate(layout.columns)})
 
     def report(self) -> "pd.DataFrame":
-        """A row a series: steps, first and last time, rows it had in the frame, steps missing, rows too many, values of y that were filled."""
+        """A row a series: steps, first and last time; rows in the frame, steps missing, rows too many, values of y that were filled."""
         import pandas as pd
         clock = self.clock
         when = {"first": clock.stamps(clock.times(self.first)), "last": clock.stamps(clock.times(self.last_ordinals))}
@@ -245,9 +250,10 @@ def to_dict(
     """A panel as plain types and tensors. ValueError for series that are named by neither words nor numbers."""
     names = [plain(name) for name in panel.index.tolist()]
     strange = [name for name in names if not isinstance(name, (str, int, float))]
-    if strange: raise ValueError(f"series are named {strange[0]!r}: a file holds words and numbers as names, so convert the column {panel.layout.id!r} to str")
+    if strange: raise ValueError(f"a series is named {strange[0]!r}: a file holds words and numbers, so convert {panel.layout.id!r} to str first")
     arrays = {name: torch.from_numpy(getattr(panel, name)) for name in ARRAYS}
-    return arrays | {"ids": names, "id_dtype": str(panel.index.dtype), "layout": panel.layout.to_dict(), "static_names": list(panel.static_names)}
+    layout = panel.layout.to_dict()
+    return arrays | {"ids": names, "id_dtype": str(panel.index.dtype), "layout": layout, "static_names": list(panel.static_names)}
 
 def from_dict(
     saved: dict[str, Any],  # as `to_dict` gave it

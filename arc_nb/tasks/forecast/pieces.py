@@ -69,7 +69,7 @@ class Pieces(Keyed):
         weights: np.ndarray | None = None,  # (n,) of each row of the panel
         ahead: bool = False,  # the target is among the inputs
         scales: Tensor | None = None,  # (S, 2) location and scale of each series
-        augment: Callable[[np.ndarray, np.ndarray, int, int], np.ndarray] | None = None,  # (y (B, L + h), cuts (B,), L, key), for training
+        augment: Callable[[np.ndarray, np.ndarray, int, int], np.ndarray] | None = None,  # (y (B, L + h), cuts (B,), L, key)
         short: str = "error",  # "drop": series that are too short have no windows
     ):
         self.panel, self.input_size, self.horizon = panel, whole_number("input_size", input_size), whole_number("horizon", horizon)
@@ -104,7 +104,7 @@ class Pieces(Keyed):
         return self.cuts.where(rows)
 
     def take(self, rows: Tensor, key: int = 0) -> tuple[Tensor, ...]:
-        """(y (B, L), past (B, L, P + F), future (B, h, F), static (B, K), level (B, 2) or (B, 0)[, ahead (B, h)], target (B, h)[, weight (B, h)])."""
+        """(y (B, L), past (B, L, P + F), future (B, h, F), static (B, K), level (B, 2 or 0)[, ahead (B, h)], target (B, h)[, weight])."""
         series, cut = self.where(rows)
         both = windows(self.panel.y, cut - self.input_size, self.input_size + self.horizon)
         if self.augment and key: both = torch.from_numpy(self.augment(both.numpy(), cut, self.input_size, key))
@@ -116,7 +116,7 @@ class Pieces(Keyed):
         return (*found, target, *weight)
 
     def hold_out(self, share: float, seed: int = 0) -> "tuple[Pieces, Pieces]":
-        """(train, valid): the last share of the steps (of the series in the middle, by length) becomes valid. ValueError where too little is left."""
+        """(train, valid): the last share of the steps, counted on the median length, becomes valid. ValueError where too little is left."""
         steps = max(self.horizon, round(share * float(np.median(self.panel.lengths - self.skip_last))))
         how: dict[str, Any] = dict(weights=self.weights, ahead=self.ahead, scales=self.scales, short=self.short)
         kept = Pieces(self.panel, self.input_size, self.horizon, skip_last=self.skip_last + steps, step=self.step, augment=self.augment, **how)

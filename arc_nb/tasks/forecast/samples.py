@@ -46,7 +46,7 @@ def synthetic(
 ) -> "pd.DataFrame":  # unique_id ("s00", ...), ds, y, ...
     """Series with a level, trend and season of their own and normal noise, sorted by series and date. ValueError for what cannot be."""
     import pandas as pd
-    for name, value in {"series": series, "steps": steps, "season": season}.items(): whole_number(name, value)
+    for name, value in (("series", series), ("steps", steps), ("season", season)): whole_number(name, value)
     if not noise >= 0: raise ValueError(f"noise={noise!r} is a share of the level: 0 (none) or more, such as 0.05")
     draw, shape = np.random.default_rng(seed), (series, steps)
     level = np.exp(draw.uniform(np.log(50), np.log(500), (series, 1)))
@@ -54,12 +54,13 @@ def synthetic(
     signal = _signal(draw, shape, season) * (1 + .5 * region[:, None] * columns) + .3 * promo * columns
     clean = level * (1 + signal)
     y = clean + noise * level * draw.standard_normal(shape)
-    dates = np.arange(steps) * whole_number("freq", freq) if isinstance(freq, int) else pd.date_range("2015-01-01", periods=steps, freq=freq)
+    dates = np.arange(steps) * whole_number("freq", freq) if isinstance(freq, int) else pd.date_range("2015", periods=steps, freq=freq)
     names = [f"s{k:0{len(str(series - 1))}d}" for k in range(series)]
     found = {"unique_id": np.repeat(names, steps), "ds": np.tile(dates, series), "y": y.ravel()}
     if columns:
         visitors = 10 * (1 + signal + np.roll(promo, -1, 1)) + draw.standard_normal(shape)
-        found |= {"promo": promo.ravel().astype(int), "visitors": visitors.ravel(), "region": np.repeat(np.array(["north", "south", "west"])[region], steps)}
+        words = np.repeat(np.array(["north", "south", "west"])[region], steps)
+        found |= {"promo": promo.ravel().astype(int), "visitors": visitors.ravel(), "region": words}
     return pd.DataFrame(found | ({"truth": clean.ravel()} if truth else {}))
 
 def _signal(draw: np.random.Generator, shape: tuple[int, int], season: int) -> np.ndarray:

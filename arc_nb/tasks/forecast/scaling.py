@@ -28,7 +28,8 @@ def scaler_named(
     """The kind; ValueError with the nearest one where it is unknown."""
     if kind in SCALERS: return kind
     near = get_close_matches(str(kind), SCALERS, 1, .5)
-    raise ValueError(f"scaler={kind!r} is unknown{f': did you mean {near[0]!r}?' if near else ''} Known are {', '.join(map(repr, SCALERS))}")
+    meant = f": did you mean {near[0]!r}?" if near else "."
+    raise ValueError(f"scaler={kind!r} is unknown{meant} Known are {', '.join(map(repr, SCALERS))}")
 
 # %% ../../../nbs/tasks/82c_scaling.ipynb #0e819675
 SAME = 2.0**-22  # twice the distance of neighbours of float32, relative to the largest value
@@ -37,7 +38,7 @@ def measure(
     y: Tensor,  # (B, L) float, what the model sees
     kind: str = "standard",  # one of SCALERS
 ) -> tuple[Tensor, Tensor]:
-    """(location, scale) of each row, (B, 1) each, of the type and on the device of `y`; the scale is never 0. ValueError for an unknown kind."""
+    """(location, scale) of each row, (B, 1) each, like `y` in type and device; the scale is never 0. ValueError for an unknown kind."""
     zero, one = y.new_zeros(len(y), 1), y.new_ones(len(y), 1)
     if scaler_named(kind) == "none": return zero, one
     if kind == "mean": loc, scale = zero, y.abs().mean(1, keepdim=True)
