@@ -90,7 +90,7 @@ def _strip(line: Line, x: Axis, box: Box) -> str:
     return "".join(rules) + draw(line, x, y) + words(box.left + 8, box.top + 12, line.name, "fg", 12, weight=600)
 
 def parts_picture(
-    past: Tensor | np.ndarray,  # (L,) what the network saw; its last 2 h steps are drawn
+    past: Tensor | np.ndarray,  # (L,) what the network saw; the last 1.5 h steps are drawn
     parts: Mapping[str, Tensor | np.ndarray],  # name -> (h,); their sum is the forecast
     actual: Tensor | np.ndarray | None = None,  # (h,) what came
     title: str = "",
@@ -100,7 +100,7 @@ def parts_picture(
     """Past and forecast, and below them the parts that add up to the forecast, as an SVG."""
     values = {name: _numbers(part) for name, part in parts.items()}
     total = np.sum(list(values.values()), axis=0)
-    seen = _numbers(past)[-2 * len(total):]
+    seen = _numbers(past)[-(3 * len(total) // 2):]
     before, ahead = np.arange(1 - len(seen), 1), np.arange(1, len(total) + 1)
     lines = [Line("past", before, seen, "ghost"), Line("forecast", ahead, total, "b", dots=len(total) < 40)]
     if actual is not None: lines.insert(1, Line("what came", ahead, _numbers(actual), "a"))
