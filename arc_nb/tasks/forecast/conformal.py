@@ -183,6 +183,6 @@ def errors_of(
     for count, what in ((windows, "windows"), (steps, "steps in a window")):
         if count.nunique() == 1: continue
         least, most = (key[0] if isinstance(key, tuple) else key for key in (count.idxmin(), count.idxmax()))
-        raise ValueError(f"windows are uneven: series {least!r} has {count.min()} {what}, {most!r} has {count.max()}: leave out the short ones.")
+        raise ValueError(f"windows are uneven: series {least!r} has {count.min()} {what}, {most!r} has {count.max()}: keep the long ones.")
     errors = (frame[target].to_numpy(float) - frame[model].to_numpy(float)).reshape(len(windows), windows.iloc[0], steps.iloc[0])
     return errors.transpose(1, 0, 2), windows.index.to_numpy()
