@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 _rooms = {"Forecaster": "forecaster", "RNN": "recurrent", "LSTM": "recurrent", "GRU": "recurrent", "DeepAR": "deepar",
           "Transformer": "transformer", "PatchTST": "patchtst", "MLP": "mlp", "DLinear": "linear", "NLinear": "linear",
           "NBEATS": "nbeats", "NHITS": "nhits", "TCN": "tcn",
-          "Naive": "baselines", "SeasonalNaive": "baselines", "Drift": "baselines", "MovingAverage": "baselines", "Statistical": "baselines",
+          "Naive": "baselines", "SeasonalNaive": "baselines", "Drift": "baselines", "MovingAverage": "baselines", "Statistical": "statistical",
           "Panel": "panel", "Conformal": "conformal", "score": "scores", "backtest": "backtest", "analyse": "residuals",
           "diebold_mariano": "comparison", "air_passengers": "samples", "synthetic": "samples"}
 __all__ = list(_rooms)
 
 if TYPE_CHECKING:
     from .backtest import backtest
-    from .baselines import Drift, MovingAverage, Naive, SeasonalNaive, Statistical
+    from .baselines import Drift, MovingAverage, Naive, SeasonalNaive
     from .comparison import diebold_mariano
     from .conformal import Conformal
     from .deepar import DeepAR
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .residuals import analyse
     from .samples import air_passengers, synthetic
     from .scores import score
+    from .statistical import Statistical
     from .tcn import TCN
     from .transformer import Transformer
 
