@@ -6,7 +6,7 @@ Docs: https://arc-nb.github.io/arc_nb/study/foldview.html.md"""
 
 # %% auto #0
 __all__ = ['COLUMN', 'TABLE', 'FoldState', 'Told', 'told_of', 'FoldsView', 'label', 'filled', 'scores_of', 'lanes_part', 'means',
-           'told_part', 'losses_part', 'folds_board']
+           'later', 'told_part', 'losses_part', 'folds_board']
 
 # %% ../../nbs/study/85e_foldview.ipynb #0db43a93
 import math
@@ -18,7 +18,7 @@ import numpy as np
 
 from ..draw.panels import Curves, heading
 from ..draw.still import BoardView, fact_line, header, note
-from ..draw.svg import Axis, Box, Line, cut, draw, duration, extent, legend, number, picture, rich, tag, words
+from ..draw.svg import Axis, Box, Line, cut, draw, duration, extent, legend, number, picture, tag, words
 from ..draw.timeaxis import time_grid, to_numbers
 from .lanes import BAR, PITCH, SHOWN, Lanes, Run, key, lane
 from .measures import model_columns
@@ -75,11 +75,11 @@ def told_of(
     model = model_columns(forecasts, id, time, "cutoff", "fold", target)[0]
     levels = sorted((str(c).rsplit("-", 1)[1] for c in forecasts if str(c).startswith(f"{model}-lo-")), key=float)
     own = forecasts[forecasts[id] == name].sort_values(time)
-    columns = {"at": own[time], "said": own[model]} | ({"lo": own[f"{model}-lo-{levels[0]}"], "hi": own[f"{model}-hi-{levels[0]}"]} if levels else {})
-    shown = own[[]].assign(**{k: to_numbers(v) if k == "at" else v for k, v in columns.items()})
-    keys = [own[c] for c in ("fold", "cutoff") if c in own]
-    return Told(str(name), len(folds) - 1, to_numbers(one[time]), one[target].to_numpy(float), [part for _, part in shown.groupby(keys, sort=False)],
-                levels[0] if levels else "", data[time].dtype.kind == "M")
+    shown = own[[]].assign(at=to_numbers(own[time]), said=own[model])
+    if levels: shown = shown.assign(lo=own[f"{model}-lo-{levels[0]}"], hi=own[f"{model}-hi-{levels[0]}"])
+    parts = [part for _, part in shown.groupby([own[c] for c in ("fold", "cutoff") if c in own], sort=False)]
+    return Told(str(name), len(folds) - 1, to_numbers(one[time]), one[target].to_numpy(float), parts, levels[0] if levels else "",
+                data[time].dtype.kind == "M")
 
 # %% ../../nbs/study/85e_foldview.ipynb #33eb7de7
 @dataclass
@@ -89,6 +89,7 @@ class FoldsView:
     lanes: Lanes
     measures: list[str] = field(default_factory=list)
     panels: Sequence[str] = ()  # "forecasts", "losses": what there will be
+    room: int = 0  # columns that there will be, where some are not yet known
     state: str = "training"
     elapsed: float = 0.0  # seconds
     told: Told | None = None
@@ -104,7 +105,8 @@ class FoldsView:
 
     def progress(self) -> float:
         """From 0 to 1, each fold counting the same."""
-        return sum(1.0 if f.state == "done" else (f.part or 0.0) if f.state == "running" else 0.0 for f in self.folds) / max(1, len(self.folds))
+        parts = [1.0 if fold.state == "done" else (fold.part or 0.0) * (fold.state == "running") for fold in self.folds]
+        return sum(parts) / max(1, len(parts))
 
     def spread(self, name: str) -> tuple[float, float]:
         """Mean and standard deviation (n - 1) of a score over the folds that are done; NaN where there are too few."""
@@ -167,15 +169,18 @@ def lanes_part(
     """Markup of lanes, scores and time axis, and where it ends."""
     measures, shown = view.measures[:TABLE], view.folds[:SHOWN]
     right = width - 18
-    box = Box(66, top + 28, right - max(1.6, len(measures)) * COLUMN - 6, top + 28 + PITCH * len(shown))
-    x = Axis(float(view.lanes.edges[0]), float(view.lanes.edges[-1]), box.left, box.right)
-    out = [key(box.right, top + 13, any(run.part == "out" for fold in view.folds for run in fold.runs)), time_grid(x, None, box, view.lanes.dated)]
-    out += [words(right - COLUMN * (len(measures) - 1 - k), top + 13, cut(label(name), 11), size=11.5, anchor="end") for k, name in enumerate(measures)]
+    edges, columns = view.lanes.edges, min(TABLE, max(1.6, view.room, len(measures)))
+    box = Box(66, top + 28, right - columns * COLUMN - 6, top + 28 + PITCH * len(shown))
+    x = Axis(float(edges[0]), float(edges[-1]), box.left, box.right)
+    gaps = any(run.part == "out" for fold in view.folds for run in fold.runs)
+    out = [key(box.right, top + 13, gaps), time_grid(x, None, box, view.lanes.dated)]
+    out += [words(right - COLUMN * (len(measures) - 1 - k), top + 13, cut(label(name), 11), size=11.5, anchor="end")
+            for k, name in enumerate(measures)]
     for k, fold in enumerate(shown):
         y = box.top + PITCH * k
         out += [words(box.left - 12, y + BAR - 2.5, f"fold {fold.number}", size=11.5, anchor="end"),
-                lane(fold.runs, view.lanes.edges, x, y, None if fold.state == "done" else "0.3"), scores_of(fold, measures, right, y + BAR - 2)]
-        if fold.state == "running" and fold.part: out.append(lane(filled(fold.runs, fold.part), view.lanes.edges, x, y))
+                lane(fold.runs, edges, x, y, None if fold.state == "done" else "0.3"), scores_of(fold, measures, right, y + BAR - 2)]
+        if fold.state == "running" and fold.part: out.append(lane(filled(fold.runs, fold.part), edges, x, y))
     if view.finished(): out.append(means(view, measures, right, box.bottom))
     return "".join(out), box.bottom + 40
 
@@ -189,13 +194,20 @@ def means(view: FoldsView, measures: Sequence[str], right: float, y: float) -> s
     return "".join(out)
 
 # %% ../../nbs/study/85e_foldview.ipynb #15f3e089
+def later(
+    title: str,
+    when: str,
+    box: Box,
+) -> str:
+    """A panel that has nothing to show yet."""
+    return heading(title, "", box) + words((box.left + box.right) / 2, (box.top + box.bottom) / 2, when, size=12, anchor="middle")
+
 def told_part(
     told: Told | None,
     box: Box,
 ) -> str:
     """What was forecast, over what came."""
-    if told is None: return heading("Forecasts", "", box) + words((box.left + box.right) / 2, (box.top + box.bottom) / 2, "when the first fold is done",
-                                                                size=12, anchor="middle")
+    if told is None: return later("Forecasts", "when the first fold is done", box)
     first, last = min(float(p["at"].min()) for p in told.parts), max(float(told.x.max()), *(float(p["at"].max()) for p in told.parts))
     lo = max(float(told.x.min()), first - 0.3 * (last - first))
     seen = told.x >= lo
@@ -203,11 +215,12 @@ def told_part(
     x = Axis(lo, last, area.left, area.right)
     y = Axis(*extent([told.y[seen], *(p[c].to_numpy() for p in told.parts for c in p if c != "at")]), area.bottom, area.top)
     bands = [tag("polygon", points=_outline(x, y, p), fill="@valid", fill_opacity="0.2") for p in told.parts if "lo" in p]
-    came, said = Line("what came", told.x[seen], told.y[seen], "ghost"), [Line("forecast", p["at"], p["said"], "valid") for p in told.parts]
-    names = [came, said[0]] + ([Line(f"{told.level}%", [], [], "valid")] if told.level and False else [])
-    more = f"{told.series}" + (f", one of {told.others + 1} series" if told.others else "") + (f", {told.level}% intervals" if told.level else "")
-    return (heading("Forecasts", more, box) + legend(names, box.right - 8, box.top + 31) + time_grid(x, y, area, told.dated) + "".join(bands)
-            + "".join(draw(line, x, y) for line in (came, *said)))
+    came = Line("what came", told.x[seen], told.y[seen], "faint")
+    said = [Line("forecast", p["at"].to_numpy(), p["said"].to_numpy(), "valid") for p in told.parts]
+    one_of = f", one of {told.others + 1} series" if told.others else ""
+    more = told.series + one_of + (f", {told.level}% intervals" if told.level else "")
+    return "".join([heading("Forecasts", more, box), legend([came, said[0]], box.right - 8, box.top + 31),
+                    time_grid(x, y, area, told.dated), *bands, *(draw(line, x, y) for line in (came, *said))])
 
 def _outline(x: Axis, y: Axis, part: "pd.DataFrame") -> str:
     """Around an interval."""
@@ -222,11 +235,10 @@ def losses_part(
     """How each fold learned."""
     found = [fold for fold in folds if len(fold.x)]
     few = len(folds) <= 6
-    lines = [Line(f"{fold.number}" if few else "", fold.x, fold.y, "abcdef"[(fold.number - 1) % 6] if few else "train" if fold is found[-1] else "ghost",
-                  end=fold.state == "running") for fold in found]
-    title = found[-1].what.capitalize() if found else "Loss"
-    if found: return Curves(title, lines, "by fold", x_label="step").draw(box)
-    return heading(title, "by fold", box) + words((box.left + box.right) / 2, (box.top + box.bottom) / 2, "when the first fold trains", size=12, anchor="middle")
+    if not found: return later("Loss", "when the first fold trains", box)
+    inks = ["abcdef"[fold.number - 1] if few else "train" if fold is found[-1] else "ghost" for fold in found]
+    lines = [Line(str(fold.number) if few else "", fold.x, fold.y, ink, end=fold.state == "running") for fold, ink in zip(found, inks)]
+    return Curves(found[-1].what.capitalize(), lines, "by fold", x_label="step").draw(box)
 
 def folds_board(
     view: FoldsView,
@@ -239,9 +251,10 @@ def folds_board(
     if view.panels:
         top, both = end + 14, len(view.panels) == 2
         middle = 18 + (width - 36) * (0.6 if both else 1.0)
-        boxes = {"forecasts": Box(18, top, middle - (14 if both else 0), top + 236), "losses": Box(middle + 14 if both else 18, top, width - 18, top + 236)}
-        out += [told_part(view.told, boxes[p]) if p == "forecasts" else losses_part(view.folds, boxes[p]) for p in view.panels]
+        left, right = Box(18, top, middle - (14 if both else 0), top + 236), Box(middle + 14 if both else 18, top, width - 18, top + 236)
+        if "forecasts" in view.panels: out.append(told_part(view.told, left))
+        if "losses" in view.panels: out.append(losses_part(view.folds, right))
         end = top + 236
     if view.message: out.append(note(view.message, end + 8, width))
-    told = ". ".join(fact.replace("**", "") for fact in view.facts())
-    return picture(width, round(end + (52 if view.message else 12)), *out, theme=theme, label=f"Cross-validation of {view.title}: {view.state}. {told}")
+    told = f"Cross-validation of {view.title}: {view.state}. " + ". ".join(fact.replace("**", "") for fact in view.facts())
+    return picture(width, round(end + (52 if view.message else 12)), *out, theme=theme, label=told)

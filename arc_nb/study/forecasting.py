@@ -18,7 +18,7 @@ from ..engine.splits import timeline
 from ..engine.telling import warn
 from ..engine.tensors import is_frame
 from .measures import FORECASTS, coverage, measure, measures_of, model_columns
-from .ways import Hear, Hearing, Way, fresh, parameters
+from .ways import Hear, Hearing, Way, fresh, has_more, parameters
 
 # %% ../../nbs/study/85d_forecasting.ipynb #14b32a4d
 if TYPE_CHECKING: import pandas as pd
@@ -55,6 +55,7 @@ class Forecaster(Way):
         model, hearing = fresh(self.model), Hearing(hear)
         extra = {"board": False, "run": False, **self.fit, "callbacks": [*self.fit.get("callbacks", ()), hearing]}
         takes = parameters(model.fit)
+        if "callbacks" in takes and has_more(model.fit): takes |= {"board", "run"}  # of a Trainer that it makes
         model.fit(self.rows(train), **{name: value for name, value in extra.items() if name in takes or name in self.fit})
         if hearing.ended: return {}, None, hearing.ended
         found = forecasts(self, model, train, test)
@@ -89,19 +90,19 @@ def forecasts(
     for group in groups:
         wanted = test[(at[test] >= group[0]) & (at[test] <= group[-1])]
         known = np.flatnonzero(at < group[0]) if "frame" in takes else train
-        said = _said(way, model, takes, known, wanted)
+        said = _said(way, model, takes, known, wanted, group)
         rows = way.rows(wanted)[[way.id, way.time, way.target]]
         rows.insert(2, "cutoff", way.line.times[at[known].max()] if len(known) else None)
         found.append(rows.merge(said, on=[way.id, way.time], how="left"))
     return _all_there(way, pd.concat(found, ignore_index=True), said)
 
 # %% ../../nbs/study/85d_forecasting.ipynb #ef38f18f
-def _said(way: Forecaster, model: Any, takes: set[str], known: np.ndarray, wanted: np.ndarray) -> "pd.DataFrame":
+def _said(way: Forecaster, model: Any, takes: set[str], known: np.ndarray, wanted: np.ndarray, group: np.ndarray) -> "pd.DataFrame":
     """What the model says of these rows, knowing those."""
     told = dict(way.predict)
     if "frame" in takes: told["frame"] = way.rows(known[np.isin(way.series[known], way.series[wanted])])
     ahead = list(getattr(model, "future", [c for c in way.data if c not in (way.id, way.time, way.target)]) or ())
-    if "future" in takes and ahead: told["future"] = way.rows(wanted)[[way.id, way.time, *ahead]]
+    if "future" in takes and ahead: told["future"] = _known_ahead(way, ahead, group, getattr(model, "horizon", None))
     for name in takes & {"h", "horizon", "steps"}: told.setdefault(name, int(way.line.at[wanted].max() - way.line.at[known].max()))
     said = model.predict(**told)
     if not is_frame(said) or said.ndim == 1 or not {way.id, way.time} <= set(said.columns):
@@ -110,6 +111,11 @@ def _said(way: Forecaster, model: Any, takes: set[str], known: np.ndarray, wante
     own = [name for name in said if name not in ("cutoff", way.target)]
     if len(own) < 3: raise TypeError(f"{way.name}.predict gave the columns {', '.join(map(str, said))}, and none of them is a forecast")
     return said[own].drop_duplicates([way.id, way.time])
+
+def _known_ahead(way: Forecaster, names: list[str], group: np.ndarray, horizon: int | None) -> "pd.DataFrame":
+    """The columns that are known ahead, as far as the model looks: beyond a short test part too."""
+    at, last = way.line.at, group[0] + horizon - 1 if horizon else group[-1]
+    return way.rows(np.flatnonzero((at >= group[0]) & (at <= last)))[[way.id, way.time, *names]]
 
 # %% ../../nbs/study/85d_forecasting.ipynb #f92a2148
 def _all_there(way: Forecaster, found: "pd.DataFrame", said: "pd.DataFrame") -> "pd.DataFrame":

@@ -84,6 +84,7 @@ def lane(
         start, wide = float(at[first]), max(0.6, float(at[stop] - at[first]))
         place = {"x": start, "width": wide, "opacity": strong}
         cut = BAR * (share if part == "mixed" else 0)
+        if strong: out.append(tag("rect", x=start, width=wide, y=top, height=BAR, fill="@bg"))  # the line does not shine through
         if part == "out":
             out.append(tag("rect", x=start + 1, width=max(0.6, wide - 2), y=top + 2.5, height=BAR - 5, opacity=strong, fill="@bg",
                            stroke="@faint", stroke_dasharray="2 2"))
