@@ -57,7 +57,7 @@ class Baseline:
     ) -> Panel:
         """The frame as a Panel, as at the first time. ValueError for series shorter than the rule needs."""
         columns = [c for c in ("unique_id", "ds", "y") if c in frame.columns]
-        panel = self.panel.layout.read(frame[columns]) if self.panel else Panel.read(frame[columns], **self.reading)
+        panel = Panel.read(frame[columns], like=self.panel.layout) if self.panel else Panel.read(frame[columns], **self.reading)
         panel.check_length(self.needs, repr(self))
         return panel
 

@@ -31,7 +31,7 @@ def _bands(one: Shown, roles: dict[str, str], x: Axis, y: Axis) -> str:
             low, high = (a.points(np.asarray(v)) for v in a.bands[level])
             px, py = x(np.append(high[0], low[0][::-1])), y(np.append(high[1], low[1][::-1]))
             corners = " ".join(f"{u:.1f},{v:.1f}" for u, v in zip(px, py) if np.isfinite(u + v))
-            out.append(tag("polygon", points=corners, fill=f"@{roles[a.model]}", fill_opacity=f"{.4 / len(a.bands):.2f}"))
+            out.append(tag("polygon", points=corners, fill=f"@{roles[a.model]}", fill_opacity=f"{min(.24, .4 / len(a.bands)):.2f}"))
     return "".join(out)
 
 def _known(one: Shown, x: Axis, y: Axis) -> str:
@@ -41,6 +41,10 @@ def _known(one: Shown, x: Axis, y: Axis) -> str:
     spots = [(u, v) for u, v in zip(x(at).tolist(), y(value).tolist()) if np.isfinite(u + v)]
     size = 2.9 if len(at) < 2 or abs(float(x(at[1]) - x(at[0]))) > 6 else 2.1
     return "".join(tag("circle", cx=u, cy=v, r=size, fill="@fg", stroke="@bg", stroke_width=1 if size > 2.5 else .7) for u, v in spots)
+
+def _ring(x: Axis, y: Axis, at: tuple[float, float], role: str) -> str:
+    """Where one of several forecasts sets out."""
+    return tag("circle", cx=float(x(np.array(at[0]))), cy=float(y(np.array(at[1]))), r=2.8, fill="@bg", stroke=f"@{role}", stroke_width=1.4)
 
 def _seen(one: Shown, x: Axis) -> list[np.ndarray]:
     """All values between the ends of the axis."""
@@ -63,6 +67,7 @@ def panel(
     if date and len(places) == 1:
         marks.append(words(places[0][1], area.top - 5, moment(places[0][0], one.step, one.dated), size=10.5, anchor="middle"))
     lines = [draw(Line("", *a.points(a.y), roles[a.model]), x, y) for a in one.ahead]
+    if len(places) > 1: lines += [_ring(x, y, a.start, roles[a.model]) for a in one.ahead if a.start]
     past = draw(Line("", one.x, one.y, "faint", end=len(places) == 1), x, y)
     return "".join([time_grid(x, y, area, one.dated, labels), *marks, _bands(one, roles, x, y), past, *lines, _known(one, x, y)]), y
 
@@ -186,15 +191,21 @@ def _traces(one: Shown, roles: dict[str, str], c: dict[str, str]) -> Iterator[di
     value, past = "%{y:,.5g}", {"color": c["faint"], "width": 1.6}
     for a in one.ahead: yield from _washes(one, a, c[roles[a.model]])
     yield {**_at(one, *thinned(one.x, one.y)), "name": "history", "mode": "lines", "line": past, "hovertemplate": value}
-    for a in one.ahead:
-        ends = np.array([v for pair in a.bands.values() for v in pair]).T.reshape(len(a.x), -1)
-        between = lambda k: f"%{{customdata[{2 * k}]:,.5g}} to %{{customdata[{2 * k + 1}]:,.5g}}"
-        told = value + "".join(f"<br>{level:g}%: {between(k)}" for k, level in enumerate(a.bands))
-        pen: dict[str, Any] = {"line": {"color": c[roles[a.model]], "width": 2}, "mode": "lines+markers" if len(a.x) <= 60 else "lines"}
-        yield {**_at(one, a.points(a.y)[0][:2], a.points(a.y)[1][:2]), **pen, "mode": "lines", "hoverinfo": "skip", "showlegend": False}
-        yield {**_at(one, a.x, a.y), **pen, "name": a.model, "marker": {"size": 4}, "customdata": ends, "hovertemplate": told}
+    for i, a in enumerate(one.ahead):
+        yield from _said(one, a, c[roles[a.model]], a.model not in [b.model for b in one.ahead[:i]])
     dots = {"mode": "markers", "marker": {"color": c["fg"], "size": 6}}
     if len(one.actual[0]): yield {**_at(one, *one.actual), **dots, "name": "actual", "hovertemplate": value}
+
+def _said(one: Shown, a: Ahead, ink: str, first: bool) -> Iterator[dict[str, Any]]:
+    """One forecast: the stroke that leads to it, and its line, with the intervals under the pointer."""
+    ends = np.array([v for pair in a.bands.values() for v in pair]).T.reshape(len(a.x), -1)
+    between = lambda k: f"%{{customdata[{2 * k}]:,.5g}} to %{{customdata[{2 * k + 1}]:,.5g}}"
+    told = "%{y:,.5g}" + "".join(f"<br>{level:g}%: {between(k)}" for k, level in enumerate(a.bands))
+    pen = {"name": a.model, "legendgroup": a.model, "line": {"color": ink, "width": 2}}
+    x, y = a.points(a.y)
+    yield {**_at(one, x[:2], y[:2]), **pen, "mode": "lines", "hoverinfo": "skip", "showlegend": False}
+    mode = {"mode": "lines+markers" if len(a.x) <= 60 else "lines", "marker": {"size": 4}, "showlegend": first}
+    yield {**_at(one, a.x, a.y), **pen, **mode, "customdata": ends, "hovertemplate": told}
 
 def _at(one: Shown, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
     """Places as dates again."""
