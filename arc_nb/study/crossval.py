@@ -135,8 +135,8 @@ def check_order(
     """Warns where a forecaster would be trained on the future of its test."""
     if not isinstance(way, Forecaster): return
     late = [k for k, (train, test) in enumerate(pairs, 1) if way.line.at[train].max() > way.line.at[test].min()]
-    if late: warn(f"fold {late[0]} trains on rows that come after its test: {way.name} then knows the future, and these scores are not those "
-                  "of forecasts. TimeSeriesFolds go forward in time")
+    if late: warn(f"fold {late[0]} trains on rows that come after its test: {way.name} then knows the future, and these scores are not "
+                  "those of forecasts. TimeSeriesFolds go forward in time")
 
 # %% ../../nbs/study/85_crossval.ipynb #c17fde17
 def cross_validate(

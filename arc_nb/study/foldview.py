@@ -161,6 +161,7 @@ def scores_of(
     at = [right - COLUMN * (len(measures) - 1 - k) for k in range(len(measures))]
     return "".join(words(p, y, number(fold.scores.get(name, math.nan)), "fg", 12, "end") for p, name in zip(at, measures))
 
+# %% ../../nbs/study/85e_foldview.ipynb #bd6e3de4
 def lanes_part(
     view: FoldsView,
     top: float,    # pixels

@@ -21,7 +21,7 @@ from ..engine.folds import folds as make_folds
 from ..engine.splits import Timeline, timeline
 
 # %% ../../nbs/study/85a_lanes.ipynb #4ef751a5
-MOST = 240  # runs a lane; beyond that the steps are put into as many bins
+MOST = 80  # runs a lane; beyond that the steps are put into as many bins, which show shares
 
 class Run(NamedTuple):
     """Neighbouring steps of one use."""

@@ -56,7 +56,7 @@ def way_of(
         raise TypeError(f"{model!r} cannot be studied: give a recipe (train=, valid=) -> Trainer, or an object with fit and predict")
     if "y" in {name.lower() for name in parameters(model.fit)}:
         if isinstance(data, tuple) or is_frame(data): return Estimator(model, data, metrics, told, target)
-        raise TypeError(f"an estimator needs (X, y), or a frame with the column {target!r}, and this is a {type(data).__name__}")
+        raise TypeError(f"an estimator needs (X, y), or a frame with {target!r}, and this is a {type(data).__name__}")
     if is_frame(data) and data.ndim == 2: return Forecaster(model, data, metrics, told, target, time, id, predict)
     raise TypeError(f"{type(model).__name__} has fit(frame): give a long frame with {id}, {time} and {target}, not a {type(data).__name__}")
 
@@ -138,6 +138,12 @@ class Lines:
         lines, self.offset = new_lines(self.path, self.offset)
         return json.loads(lines[-1]) if lines else None
 
+def _packed(way: Way, pairs: Pairs, seed: int) -> Parcel:
+    """What is sent to each worker; TypeError names the part that cannot be."""
+    try: return ship((way, list(pairs), seed))
+    except Exception as error:
+        raise TypeError(f"the folds cannot run in other processes, take jobs=1: {unpicklable(vars(way)) or error}") from error
+
 def side_by_side(
     way: Way,
     pairs: Pairs,
@@ -147,9 +153,7 @@ def side_by_side(
 ) -> Iterator[tuple[int, Outcome]]:
     """The same in several processes, in the order in which they end. TypeError for a model that cannot be sent there; RuntimeError, with
     the number of the fold, where a process dies; the processes end with the generator."""
-    try: parcel = ship((way, list(pairs), seed))
-    except Exception as error:
-        raise TypeError(f"the folds cannot run in other processes, take jobs=1: {unpicklable(vars(way)) or error}") from error
+    parcel = _packed(way, pairs, seed)
     heard = set[tuple[str, type[Warning]]]()
     with tempfile.TemporaryDirectory(prefix="arc_nb-folds-") as folder:
         files = {number: Lines(Path(folder) / f"{number}.jsonl") for number in range(1, len(pairs) + 1)}

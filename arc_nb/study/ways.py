@@ -154,6 +154,7 @@ def fresh(
         return clone(model)
     return copy.deepcopy(model)
 
+# %% ../../nbs/study/85c_ways.ipynb #c742ca37
 class Estimator(Way):
     """Something with fit(X, y) and predict(X)."""
     def __init__(
