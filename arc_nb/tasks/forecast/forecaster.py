@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from ...engine.callbacks import EarlyStopping
 from ...engine.events import Callback
 from ...engine.randomness import seeded
-from .answers import ask, levels_of, long_frame, wanted_quantiles
+from .answers import Answers, ask, levels_of, long_frame, wanted_quantiles
+from .calibrating import calibrated, check_intervals, room, size_of
+from .conformal import Conformal
 from .goals import around
 from .keeping import read_forecaster, write_forecaster
 from .losses import loss_of
@@ -62,10 +64,12 @@ class Described:
         self.options, self.network_options, self.training = told(self.network, self.given)
         self.loss = loss_of(self.options.loss, levels=around(self.options.levels))
         self.scaler = self._scaler(settings)
+        check_intervals(self.options.intervals)
         self._build(known := len(self.future) + 2 * len(self.options.calendar), known, 0)
         self.panel: Panel | None = None  # what it learned from last
         self.model: Scaled | None = None
         self.trainer: Trainer | None = None
+        self.intervals: tuple[Any, np.ndarray, Conformal] | None = None  # series, their sizes, the intervals that their errors made
         self.known: tuple[Any, Tensor] | None = None  # series that were learned from and their scales, with scale_by="series"
 
     @property
@@ -114,9 +118,10 @@ class Reading(Described):
     def held_out(self, panel: Panel) -> int:
         """Steps at the end of each series that are for validation."""
         size, lengths = self.options.val_size, panel.lengths
-        if size is None: return self.horizon if lengths.min() >= self.input_size + 2 * self.horizon else 0
+        least = room(self.options.intervals, len(panel), self.horizon)  # what intervals need is never trained on
+        if size is None: return least or (self.horizon if lengths.min() >= self.input_size + 2 * self.horizon else 0)
         steps = round(size * int(lengths.max())) if isinstance(size, float) else int(size)
-        if not steps or steps >= self.horizon: return steps
+        if not steps or steps >= self.horizon: return max(steps, least)
         raise ValueError(f"val_size={size!r} holds out {steps} steps, and a forecast has horizon={self.horizon}: take at least that, or 0")
 
     def _scales(self, panel: Panel, held: int) -> Tensor | None:
@@ -161,12 +166,33 @@ class Fitting(Reading):
         **more: Any,  # run, board, track; and all that Trainer.fit takes: resume, processes, watch, max_time, ...
     ) -> Self:
         """Learns from a frame, on from the weights of an earlier fit. ValueError, before the start, for what cannot be used."""
-        panel = self.read(frame, static_frame)
-        held = self.held_out(panel)
-        trainer = self._trainer(panel, held, callbacks, {k: more.pop(k) for k in ("run", "board", "track") if k in more})
-        self.panel, self.trainer = panel, trainer
+        return self.learn(self.read(frame, static_frame), epochs, steps, callbacks, **more)
+
+    def learn(
+        self,
+        panel: Panel,
+        epochs: int | None = None,
+        steps: int | None = None,
+        callbacks: Iterable[Callback] = (),
+        **more: Any,
+    ) -> Self:
+        """The same from a Panel."""
+        settings: dict[str, Any] = {k: more.pop(k) for k in ("run", "board", "track") if k in more}
+        if self.options.intervals is not None and self.options.intervals.method == "cross": self._check_cross(panel)
+        trainer = self._trainer(panel, self.held_out(panel), callbacks, settings)
+        self.panel, self.trainer, self.intervals = panel, trainer, None
         trainer.fit(**self._far(epochs, steps), **more)
+        if self.options.intervals is not None: self._calibrate(panel, self.options.intervals)
         return self
+
+    def _calibrate(self, panel: Panel, wanted: Conformal) -> None:
+        self.intervals = panel.index, size_of(panel), calibrated(self, panel, wanted)
+
+    def _check_cross(self, panel: Panel) -> None:
+        """ValueError where the series are too short for a model a window."""
+        count = self.options.intervals.windows_for(len(panel))
+        why = f"input_size={self.input_size} + horizon={self.horizon} + {count} windows of {self.horizon} for intervals"
+        panel.check_length(self.input_size + self.horizon * (count + 1), why)
 
     def _far(self, epochs: int | None, steps: int | None) -> dict[str, Any]:
         """How far to train."""
@@ -257,13 +283,33 @@ class Predicting(Fitting):
         quantiles: Sequence[float] = (),
     ) -> dict[str, np.ndarray]:
         """Name -> (windows, horizon): the forecast, then the ends of intervals. ValueError for intervals that nobody knows."""
-        levels = self._levels(level)
-        wanted = wanted_quantiles(levels, quantiles)
-        answers = ask(self._learned()[1], self.loss, inputs, list(wanted.values()), self.options.samples, self.options.seed)
+        if self.intervals is not None: return self._conformal(inputs, level, quantiles)
+        wanted = wanted_quantiles(self._levels(level), quantiles)
+        answers = self.answers(inputs, list(wanted.values()))
         found = {self.name: answers.point}
         if not wanted: return found
         if answers.quantiles is None: raise ValueError(self._no_intervals(level, quantiles))
         return found | {f"{self.name}-{end}": answers.quantiles[..., k] for k, end in enumerate(wanted)}
+
+    def answers(self, inputs: Inputs, quantiles: Sequence[float] = ()) -> Answers:
+        """What the model says of windows."""
+        return ask(self._learned()[1], self.loss, inputs, quantiles, self.options.samples, self.options.seed)
+
+    def _conformal(self, inputs: Inputs, level: Any, quantiles: Sequence[float]) -> dict[str, np.ndarray]:
+        """The forecast and intervals as wide as errors have been."""
+        assert self.intervals is not None
+        if len(quantiles): raise ValueError(f"quantiles={quantiles!r}: conformal intervals lie around the forecast; ask for level= instead")
+        names, sizes, made = self.intervals
+        panel, point = inputs.panel, self.answers(inputs).point
+        levels = made.levels if level is None else self._levels(level)
+        at = names.get_indexer(panel.index)[inputs.series]
+        if (at < 0).any() and not made.together:
+            strange = panel.index[inputs.series[int(np.argmin(at))]]
+            raise ValueError(f"series {strange!r} has no errors of its own: take intervals=Conformal(pool='all') for series that are new")
+        size = np.where(at >= 0, sizes[at], size_of(panel)[inputs.series])
+        found = made.intervals(point, levels, size, None if made.together else at)
+        ends = {f"{self.name}-{side}-{one:g}": found[one][k].astype(np.float32) for one in levels for k, side in enumerate(("lo", "hi"))}
+        return {self.name: point, **ends}
 
     def _levels(self, level: Sequence[float] | float | None) -> tuple[float, ...]:
         """The levels that are asked for, or those that there are."""
@@ -301,8 +347,13 @@ class Forecaster(Predicting):
         """Writes weights, settings, columns, scales and the end of every series into one file. ValueError before the first fit."""
         panel, model = self._learned()
         known = None if self.known is None else {"ids": self.known[0].tolist(), "scales": self.known[1]}
-        state = {"weights": model.state_dict(), "panel": to_dict(panel.tail(self.input_size)), "known": known}
-        return write_forecaster(path, type(self).__name__, self.given, state)
+        widths = None
+        if self.intervals is not None:
+            names, sizes, made = self.intervals
+            widths = {"ids": names.tolist(), "sizes": torch.from_numpy(sizes), **made.to_dict()}
+        given = {k: v for k, v in self.given.items() if k != "intervals"}
+        state = {"weights": model.state_dict(), "panel": to_dict(panel.tail(self.input_size)), "known": known, "intervals": widths}
+        return write_forecaster(path, type(self).__name__, given, state)
 
     @classmethod
     def load(
@@ -321,6 +372,9 @@ class Forecaster(Predicting):
             found.panel, found.model = panel, Scaled(network, found.scaler, column_scales(panel), found.loss.needs_past)
             found.model.load_state_dict(saved["weights"])
             if saved["known"] is not None: found.known = pd.Index(saved["known"]["ids"]), saved["known"]["scales"]
+            if saved["intervals"] is not None:
+                widths = saved["intervals"]
+                found.intervals = pd.Index(widths["ids"]), widths["sizes"].numpy(), Conformal.from_dict(widths)
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no {type(found).__name__} with these settings: {error}") from error
         return found
