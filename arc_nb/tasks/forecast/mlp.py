@@ -28,7 +28,8 @@ def whole(name: str, value: int, least: int = 1) -> int:
 
 def share(name: str, value: float) -> float:
     """The value, where it is at least 0 and below 1; else a ValueError that names the option."""
-    if not 0 <= value < 1: raise ValueError(f"{name}={value!r}: give a share of at least 0 and below 1")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"{name}={value!r}: give a share of at least 0 and below 1")
     return float(value)
 
 # %% ../../../nbs/tasks/83b_mlp.ipynb #7fbeabcc
@@ -50,7 +51,7 @@ def dense(
     dropout: float = 0.0,  # after each activation, in training
 ) -> nn.Sequential:
     """Hidden layers, and a linear one to the output."""
-    return hidden(widths[:-1], activation, dropout).append(nn.Linear(*widths[-2:]))
+    return hidden(widths[:-1], activation, dropout).append(nn.Linear(widths[-2], widths[-1]))
 
 # %% ../../../nbs/tasks/83b_mlp.ipynb #ad4bb089
 class MLPNetwork(nn.Module):

@@ -66,7 +66,8 @@ class Block(nn.Module):
     def forward(self, residual: Tensor, beside: Tensor, window: Window) -> tuple[Tensor | None, Tensor]:
         """From (B, L) to what it explains of it (B, L), or None, and its share of the forecast (B, horizon, outputs)."""
         hidden = self.trunk(torch.cat([residual, beside], 1))
-        back, ahead = self.backcast and self.backcast(hidden), self.forecast(hidden).unflatten(-1, (self.outputs, -1))
+        back: Tensor | None = None if self.backcast is None else self.backcast(hidden)
+        ahead = self.forecast(hidden).unflatten(-1, (self.outputs, -1))
         if self.kind == "generic": return back, ahead.mT
         if self.kind == "exogenous":
             return None if back is None else (window.past @ back[..., None])[..., 0], window.future @ ahead.mT
@@ -79,7 +80,7 @@ def counted(
     stacks: int,
 ) -> list[int]:
     """A number a stack; ValueError where there are more or fewer, or one is below 1."""
-    values = [value] * stacks if isinstance(value, int) else list(value)
+    values = [value] * stacks if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
     if len(values) != stacks: raise ValueError(f"{name}={value!r}: give one number, or {stacks}, one a stack")
     return [whole(name, one) for one in values]
 

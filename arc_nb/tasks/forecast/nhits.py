@@ -58,14 +58,15 @@ def fitted_pools(
 
 def rates_of(
     sizes: Sizes,
-    pooling: Sequence[int] | None,  # as a person gave it
-    downsample: Sequence[int] | None,  # as a person gave it
+    pooling: int | Sequence[int] | None,  # as a person gave it
+    downsample: int | Sequence[int] | None,  # as a person gave it
 ) -> tuple[list[int], list[int]]:
     """Pools and steps a knot, one a stack; ValueError where the two do not agree, or there is no stack."""
-    stacks = len(downsample if downsample is not None else pooling if pooling is not None else POOLING)
+    stacks = next((len(given) for given in (downsample, pooling) if isinstance(given, (list, tuple))), len(POOLING))
     if not stacks: raise ValueError("a network without stacks: give a number for each, such as pooling=(8, 4, 1)")
     pools = fitted_pools(sizes.input_size, stacks) if pooling is None else pooling
-    return counted("pooling", pools, stacks), counted("downsample", downsample or spread_rates(sizes.horizon, stacks), stacks)
+    rates = spread_rates(sizes.horizon, stacks) if downsample is None else downsample
+    return counted("pooling", pools, stacks), counted("downsample", rates, stacks)
 
 # %% ../../../nbs/tasks/83e_nhits.ipynb #92e472f7
 class PooledBlock(nn.Module):
@@ -106,8 +107,8 @@ class NHITSNetwork(nn.Module):
         self,
         sizes: Sizes,
         *,
-        pooling: Sequence[int] | None = None,  # steps of the window in a maximum, one number a stack; None: by input_size
-        downsample: Sequence[int] | None = None,  # steps ahead a knot, one number a stack; None: by horizon
+        pooling: int | Sequence[int] | None = None,  # steps of the window in a maximum, one number a stack; None: by input_size
+        downsample: int | Sequence[int] | None = None,  # steps ahead a knot, one number a stack; None: by horizon
         blocks: int | Sequence[int] = 1,  # of each stack: one number, or one a stack
         hidden_size: int = 256,  # units of a dense layer
         layers: int = 2,  # dense layers of a block

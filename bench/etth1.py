@@ -1,0 +1,103 @@
+"""Forecasts of ETTh1, 96 hours ahead, beside the published errors.
+
+The usual protocol (Zhou et al. 2021; Zeng et al. 2023): the first 12 months train, the next 4 validate, the next 4 test (8640, 2880 and 2880
+hours); each of the seven columns is z-scored by its training part; all windows of the test part, a step apart, whose inputs may reach back
+before it; errors are means over windows, columns and steps, in z-scored units. Every column is a series, and one network serves them all.
+
+usage: python bench/etth1.py [name ...]   models (DLinear, NHITS, ...); writes bench/results/etth1.json, keeping the rows of other models
+"""
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from arc_nb.tasks.forecast import NHITS, DLinear
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+DATA = Path(os.environ.get("ARC_NB_DATA", Path(__file__).parents[2] / "shared" / "data"))
+OUT = Path(os.environ.get("ETTH1_OUT", Path(__file__).parent / "results" / "etth1.json"))
+TRAIN, VALID, TEST, HORIZON = 8640, 2880, 2880, 96
+QUIET = dict(scaler="none", freq="h", val_size=VALID, board=False, run=False)
+
+# model -> how it is made, where its settings come from, published (MSE, MAE) and where
+MODELS = {
+    "DLinear": (
+        lambda seed: DLinear(HORIZON, 336, loss="mse", lr=0.005, optimizer="adam", schedule=("exponential", {"rate": 0.5, "per": "epoch"}), batch_size=224,
+                             max_epochs=10, valid_every="1 epoch", patience=3, seed=seed, **QUIET),
+        "cure-lab/LTSF-Linear, scripts/EXP-LongForecasting/Linear/etth1.sh: input 336, Adam, lr 0.005, batches of 32 windows of 7 columns, "
+        "10 epochs at most, patience 3, the rate halved each epoch",
+        (0.375, 0.399), "Zeng et al. 2023, table 2"),
+    "NHITS": (
+        lambda seed: NHITS(HORIZON, 480, loss="mae", lr=1e-3, optimizer="adam", schedule=("step", {"every": 250, "factor": 0.5, "per": "step"}),
+                           batch_size=256, max_steps=1000, valid_every=100, pooling=(8, 4, 1), downsample=(24, 12, 1), hidden_size=512, layers=2,
+                           seed=seed, **QUIET),
+        "Challu et al. 2023: input of five horizons, MAE, Adam, lr 1e-3 halved three times in 1000 steps, batches of 256 windows, three stacks "
+        "of a block with two layers of 512; pools and rates are one of the choices that they search",
+        (0.378, 0.393), "Nixtla, neuralforecast"),
+}
+
+
+def frame():
+    """The seven columns as series, z-scored by the training part, up to the end of the test part."""
+    wide = pd.read_csv(DATA / "ETTh1.csv", parse_dates=["date"]).iloc[:TRAIN + VALID + TEST].set_index("date")
+    wide = (wide - wide.iloc[:TRAIN].mean()) / wide.iloc[:TRAIN].std(ddof=0)
+    long = wide.rename_axis("ds").reset_index().melt("ds", var_name="unique_id", value_name="y")
+    return long.sort_values(["unique_id", "ds"], ignore_index=True)
+
+
+def errors(model, long, chunk=250):
+    """(MSE, MAE, windows) over all windows of the test part, a step apart."""
+    dates = np.sort(long.ds.unique())
+    origins = dates[TRAIN + VALID - 1:-HORIZON]
+    squared, absolute, count = 0., 0., 0
+    truth = long.rename(columns={"y": "truth"})[["unique_id", "ds", "truth"]].set_index(["unique_id", "ds"]).truth
+    for start in range(0, len(origins), chunk):
+        found = model.predict_at(long, origins[start:start + chunk])
+        miss = found[model.name].to_numpy(float) - truth.reindex(pd.MultiIndex.from_frame(found[["unique_id", "ds"]])).to_numpy(float)
+        assert np.isfinite(miss).all()
+        squared, absolute, count = squared + (miss ** 2).sum(), absolute + np.abs(miss).sum(), count + len(miss)
+    assert count == len(origins) * 7 * HORIZON
+    return float(squared / count), float(absolute / count), len(origins)
+
+
+def measure(name, long, seeds=(0, 1, 2)):
+    """A row of the table: means over the seeds."""
+    make, settings, (mse, mae), source = MODELS[name]
+    known, runs = long[long.ds < np.sort(long.ds.unique())[TRAIN + VALID]], []
+    for seed in seeds:
+        began, model = time.process_time(), make(seed).fit(known)
+        fitted = time.process_time() - began
+        runs.append((*errors(model, long), fitted))
+        print(name, "seed", seed, [round(v, 4) for v in runs[-1]], "steps", model.trainer.status.step, flush=True)
+    (squared, absolute), windows = ([r[k] for r in runs] for k in (0, 1)), runs[0][2]
+    row = {"mse": round(statistics.mean(squared), 4), "mae": round(statistics.mean(absolute), 4), "seeds": len(runs),
+           "mse_by_seed": [round(v, 4) for v in squared], "mae_by_seed": [round(v, 4) for v in absolute],
+           "published_mse": mse, "published_mae": mae, "published_by": source, "settings": settings, "test_windows": windows,
+           "cpu_seconds_to_fit": round(statistics.mean(r[3] for r in runs), 1)}
+    return row | {"mse_over_published": round(row["mse"] / mse, 3), "mae_over_published": round(row["mae"] / mae, 3)}
+
+
+def main():
+    names = [a for a in sys.argv[1:] if not a.startswith("-")] or list(MODELS)
+    warnings.simplefilter("ignore")
+    seeds, long = (0,) if "--smoke" in sys.argv else (0, 1, 2), frame()
+    found = json.loads(OUT.read_text()) if OUT.exists() else {}
+    machine = {"machine": platform.platform(), "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    for name in names:
+        row = measure(name, long, seeds) | machine
+        print(name, {k: row[k] for k in ("mse", "published_mse", "mae", "published_mae", "cpu_seconds_to_fit")}, flush=True)
+        if "--smoke" not in sys.argv:
+            found[name] = row
+            OUT.write_text(json.dumps(found, indent=1) + "\n")
+    if "--smoke" not in sys.argv: print("written:", OUT)
+
+
+if __name__ == "__main__": main()
