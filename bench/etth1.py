@@ -1,8 +1,9 @@
 """Forecasts of ETTh1, 96 hours ahead, beside the published errors.
 
-The usual protocol (Zhou et al. 2021; Zeng et al. 2023): the first 12 months train, the next 4 validate, the next 4 test (8640, 2880 and 2880
-hours); each of the seven columns is z-scored by its training part; all windows of the test part, a step apart, whose inputs may reach back
-before it; errors are means over windows, columns and steps, in z-scored units. Every column is a series, and one network serves them all.
+The usual protocol (Zhou et al. 2021; Zeng et al. 2023): the first 12 months train, the next 4 validate, the next 4 test (8640, 2880 and
+2880 hours); each of the seven columns is z-scored by its training part; all windows of the test part count, a step apart, and their inputs
+may reach back before it; errors are means over windows, columns and steps, in z-scored units. Every column is a series, and one network
+serves them all.
 
 usage: python bench/etth1.py [name ...]   models (DLinear, NHITS, ...); writes bench/results/etth1.json, keeping the rows of other models
 """
@@ -30,17 +31,17 @@ QUIET = dict(scaler="none", freq="h", val_size=VALID, board=False, run=False)
 # model -> how it is made, where its settings come from, published (MSE, MAE) and where
 MODELS = {
     "DLinear": (
-        lambda seed: DLinear(HORIZON, 336, loss="mse", lr=0.005, optimizer="adam", schedule=("exponential", {"rate": 0.5, "per": "epoch"}), batch_size=224,
-                             max_epochs=10, valid_every="1 epoch", patience=3, seed=seed, **QUIET),
+        lambda seed: DLinear(HORIZON, 336, loss="mse", lr=0.005, optimizer="adam", schedule=("exponential", {"rate": 0.5, "per": "epoch"}),
+                             batch_size=224, max_epochs=10, valid_every="1 epoch", patience=3, seed=seed, **QUIET),
         "cure-lab/LTSF-Linear, scripts/EXP-LongForecasting/Linear/etth1.sh: input 336, Adam, lr 0.005, batches of 32 windows of 7 columns, "
         "10 epochs at most, patience 3, the rate halved each epoch",
         (0.375, 0.399), "Zeng et al. 2023, table 2"),
     "NHITS": (
-        lambda seed: NHITS(HORIZON, 480, loss="mae", lr=1e-3, optimizer="adam", schedule=("step", {"every": 250, "factor": 0.5, "per": "step"}),
-                           batch_size=256, max_steps=1000, valid_every=100, pooling=(8, 4, 1), downsample=(24, 12, 1), hidden_size=512, layers=2,
-                           seed=seed, **QUIET),
-        "Challu et al. 2023: input of five horizons, MAE, Adam, lr 1e-3 halved three times in 1000 steps, batches of 256 windows, three stacks "
-        "of a block with two layers of 512; pools and rates are one of the choices that they search",
+        lambda seed: NHITS(HORIZON, 480, loss="mae", lr=1e-3, optimizer="adam", batch_size=256, max_steps=1000, valid_every=100,
+                           schedule=("step", {"every": 250, "factor": 0.5, "per": "step"}), pooling=(8, 4, 1), downsample=(24, 12, 1),
+                           hidden_size=512, layers=2, seed=seed, **QUIET),
+        "Challu et al. 2023: input of five horizons, MAE, Adam, lr 1e-3 halved three times in 1000 steps, batches of 256 windows, three "
+        "stacks of a block with two layers of 512; pools and rates are one of the choices that they search",
         (0.378, 0.393), "Nixtla, neuralforecast"),
 }
 
@@ -90,7 +91,8 @@ def main():
     warnings.simplefilter("ignore")
     seeds, long = (0,) if "--smoke" in sys.argv else (0, 1, 2), frame()
     found = json.loads(OUT.read_text()) if OUT.exists() else {}
-    machine = {"machine": platform.platform(), "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    machine = {"machine": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
+               "threads": torch.get_num_threads()}
     for name in names:
         row = measure(name, long, seeds) | machine
         print(name, {k: row[k] for k in ("mse", "published_mse", "mae", "published_mae", "cpu_seconds_to_fit")}, flush=True)

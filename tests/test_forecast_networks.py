@@ -88,7 +88,7 @@ def test_columns_without_effect_are_said(network):
     with pytest.warns(UserWarning, match="2 future, 1 static columns have no effect"): network(Sizes(12, 24, future=2, static=1))
 
 
-@pytest.mark.parametrize("network", [n for n in WIDE])
+@pytest.mark.parametrize("network", WIDE)
 def test_dropout_is_for_training(network):
     sizes = sizes_for(network)
     model, window = network(sizes, dropout=0.5), window_for(sizes)
@@ -97,15 +97,17 @@ def test_dropout_is_for_training(network):
     assert torch.equal(model(window), model(window))
 
 
-WRONG = [(MLPNetwork, {"hidden_size": 0}), (MLPNetwork, {"layers": 0}), (MLPNetwork, {"dropout": 1}), (MLPNetwork, {"activation": "rellu"}),
-         (DLinearNetwork, {"kernel": 0}), (DLinearNetwork, {"start": "zero"}), (NBEATSNetwork, {"stacks": ()}), (NBEATSNetwork, {"stacks": ("tred",)}),
-         (NBEATSNetwork, {"blocks": (1, 2)}), (NBEATSNetwork, {"degree": -1}), (NBEATSNetwork, {"hidden_size": True}),
-         (NBEATSNetwork, {"stacks": "exogenous"}), (NHITSNetwork, {"pooling": ()}), (NHITSNetwork, {"pooling": (2, 2), "downsample": (4,)}),
-         (NHITSNetwork, {"downsample": (2.5, 1)}), (NHITSNetwork, {"interpolation": "spline"}), (TCNNetwork, {"kernel": 1}), (TCNNetwork, {"depth": 0}),
-         (TCNNetwork, {"channels": -3}), (TCNNetwork, {"dropout": -0.1}), (NHITSNetwork, {"dropout": "no"}), (NHITSNetwork, {"downsample": 0}), (NBEATSNetwork, {"blocks": 1.5}), (NHITSNetwork, {"pooling": "8"}), (MLPNetwork, {"dropout": None})]
+WRONG = {
+    MLPNetwork: [{"hidden_size": 0}, {"layers": 0}, {"dropout": 1}, {"dropout": None}, {"activation": "rellu"}],
+    DLinearNetwork: [{"kernel": 0}, {"start": "zero"}],
+    NBEATSNetwork: [{"stacks": ()}, {"stacks": ("tred",)}, {"stacks": "exogenous"}, {"blocks": (1, 2)}, {"blocks": 1.5}, {"degree": -1},
+                    {"hidden_size": True}],
+    NHITSNetwork: [{"pooling": ()}, {"pooling": "8"}, {"pooling": (2, 2), "downsample": (4,)}, {"downsample": (2.5, 1)}, {"downsample": 0},
+                   {"interpolation": "spline"}, {"dropout": "no"}],
+    TCNNetwork: [{"kernel": 1}, {"depth": 0}, {"channels": -3}, {"dropout": -0.1}]}
 
 
-@pytest.mark.parametrize("network, options", WRONG)
+@pytest.mark.parametrize("network, options", [(network, options) for network, several in WRONG.items() for options in several])
 def test_wrong_options_are_named(network, options):
     with pytest.raises(ValueError) as said: network(Sizes(12, 24), **options)
     [name] = list(options)[-1:]
@@ -122,9 +124,10 @@ def test_moving_average_repeats_the_ends():
 
 
 def test_kernel_fits_the_window():
-    assert DLinearNetwork(Sizes(12, 336)).kernel == 25 and DLinearNetwork(Sizes(12, 24)).kernel == 23 and DLinearNetwork(Sizes(12, 1)).kernel == 1
+    assert [DLinearNetwork(Sizes(12, length)).kernel for length in (336, 24, 1)] == [25, 23, 1]
     assert DLinearNetwork(Sizes(12, 24), kernel=24).kernel == 24
-    with pytest.warns(UserWarning, match="kernel=25 is longer than the window"): assert DLinearNetwork(Sizes(12, 24), kernel=25).kernel == 23
+    with pytest.warns(UserWarning, match="kernel=25 is longer than the window"): shorter = DLinearNetwork(Sizes(12, 24), kernel=25)
+    assert shorter.kernel == 23
 
 
 def test_linear_networks_are_one_matrix():
@@ -150,8 +153,9 @@ def test_shapes_of_trend_and_season():
     for steps, rows in ((1, 1), (3, 1), (4, 3), (12, 11), (13, 11)): assert waves(steps).shape == (rows, steps)
 
 
-@pytest.mark.parametrize("network, options", [(NBEATSNetwork, {}), (NBEATSNetwork, {"stacks": ("generic", "generic"), "blocks": 2}), (NHITSNetwork, {}),
-                                              (NHITSNetwork, {"blocks": (2, 1, 3)}), (NHITSNetwork, {"from_last": False}), (DLinearNetwork, {})])
+@pytest.mark.parametrize("network, options", [
+    (NBEATSNetwork, {}), (NBEATSNetwork, {"stacks": ("generic", "generic"), "blocks": 2}), (NHITSNetwork, {}),
+    (NHITSNetwork, {"blocks": (2, 1, 3)}), (NHITSNetwork, {"from_last": False}), (DLinearNetwork, {})])
 def test_parts_add_up(network, options):
     sizes = sizes_for(network, outputs=2)
     model, window = network(sizes, **options), window_for(sizes)
@@ -198,7 +202,8 @@ def test_exogenous_stack_is_a_sum_of_columns():
 
 @pytest.mark.parametrize("interpolation", ["nearest", "linear", "cubic"])
 def test_hats_add_up_to_one(interpolation):
-    for knots, steps in ((1, 7), (2, 7), (3, 96), (96, 96)): assert torch.allclose(hats(knots, steps, interpolation).sum(0), torch.ones(steps), atol=1e-5)
+    for knots, steps in ((1, 7), (2, 7), (3, 96), (96, 96)):
+        assert torch.allclose(hats(knots, steps, interpolation).sum(0), torch.ones(steps), atol=1e-5)
     assert torch.allclose(torch.tensor([1., 5.]) @ hats(2, 5), torch.arange(1., 6.))
 
 
@@ -207,7 +212,8 @@ def test_rates_follow_the_lengths():
     assert fitted_pools(480, 3) == [8, 4, 1] and fitted_pools(8, 3) == [1, 1, 1]
     assert NHITSNetwork(Sizes(4, 8), pooling=99, downsample=99)(window_for(Sizes(4, 8))).shape == (5, 4, 1)  # one number, one knot
     model = NHITSNetwork(Sizes(96, 480), pooling=(16, 2))
-    assert model.rates == [24, 1] and [len(m[0].before) for m in model.members] == [4, 96] and [len(m[0].behind) for m in model.members] == [20, 480]
+    assert model.rates == [24, 1]
+    assert [(len(stack[0].before), len(stack[0].behind)) for stack in model.members] == [(4, 20), (96, 480)]
 
 
 # ---- the convolutional one
@@ -265,8 +271,9 @@ def learnt(network, **options):
     with torch.no_grad(): return (model.eval()(asked)[..., 0] - truth).abs().mean().item(), (asked.y[:, -12:] - truth).abs().mean().item()
 
 
-@pytest.mark.parametrize("network, options", [(MLPNetwork, {"hidden_size": 64}), (DLinearNetwork, {}), (NLinearNetwork, {}), (NBEATSNetwork, {"hidden_size": 64}),
-                                              (NHITSNetwork, {"hidden_size": 64}), (TCNNetwork, {"channels": 16})])
+@pytest.mark.parametrize("network, options", [
+    (MLPNetwork, {"hidden_size": 64}), (DLinearNetwork, {}), (NLinearNetwork, {}), (NBEATSNetwork, {"hidden_size": 64}),
+    (NHITSNetwork, {"hidden_size": 64}), (TCNNetwork, {"channels": 16})])
 def test_each_learns(network, options):
     error, naive = learnt(network, **options)
     assert error < 0.95 * naive
