@@ -131,7 +131,7 @@ def need_counts(
     wrong = target[(target < 0) | (target != target.round())]
     if not len(wrong): return
     raise ValueError(f"{name} needs counts, whole numbers from 0 on, but {len(wrong)} of {target.numel()} targets are not, such as "
-                     f"{wrong[0]:g}: use gaussian_nll or student_t_nll for quantities.")
+                     f"{wrong[0]:g}: use a gaussian or student_t likelihood for quantities.")
 
 def negative_binomial_nll(
     eps: float = 1e-8, # the least mean and dispersion
