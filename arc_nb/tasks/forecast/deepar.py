@@ -163,7 +163,7 @@ def paths_picture(
     y = Axis(*extent([*tails, *(np.asarray(line.y) for line in (*thin, *lines))]), box.bottom, box.top)
     middle = float(x(np.array(0.)))
     inside = [grid(x, y, box, unit), *(_band(past, paths, q, x, y) for q in (0.025, 0.1)),
-              tag("g", *(draw(line, x, y) for line in thin), opacity="0.35"),
+              tag("g", *(draw(line, x, y) for line in thin), opacity="0.22"),
               tag("line", x1=middle, x2=middle, y1=box.top, y2=box.bottom, stroke="@ghost", stroke_dasharray="3 3"),
               *(draw(line, x, y) for line in lines)]
     head = words(16, 25, title, "fg", 13, weight=600) + legend(lines, width - 22, 25)
