@@ -155,7 +155,7 @@ class Measured(Divided):
         if not short.any(): return
         order = [k for k in np.argsort(self.lengths, kind="stable")[:3] if short[k]]
         shortest = ", ".join(f"{plain(self.index[k])!r} ({self.lengths[k]})" for k in order)
-        raise ValueError(f"{short.sum():,} of {len(self):,} series are shorter than the {steps} steps that are needed{f' ({why})' if why else ''}. "
+        raise ValueError(f"{short.sum():,} of {len(self):,} series are shorter than {steps} steps{f' ({why})' if why else ''}. "
                          f"The shortest: {shortest}. Give a smaller input_size or horizon, or more rows, or leave these series out "
                          f"(Panel.longer({steps}))")
 
@@ -207,8 +207,8 @@ class Panel(Measured):
         like: Layout | None = None,  # of another panel: reads the frame as that one was read; nothing else is said then
     ) -> "Panel":
         """The series of a long frame. ValueError or TypeError, with the series' name, for all that is not regular or has no place."""
-        said = Layout(freq=freq, past=None if past is None else _names(past), fill=fill, duplicates=duplicates, sort=sort, id=id, time=time,
-                      target=target, future=_names(future), static=_names(static), calendar=_names(calendar))
+        said = Layout(freq, _names(future), None if past is None else _names(past), _names(static), fill, duplicates, sort, _names(calendar),
+                      id, time, target)
         if like is not None and said != Layout():
             raise ValueError("like= says how the frame is read: leave the other options out, static_frame aside")
         found = (like or said).parts(frame, static_frame)
@@ -250,7 +250,7 @@ def to_dict(
     """A panel as plain types and tensors. ValueError for series that are named by neither words nor numbers."""
     names = [plain(name) for name in panel.index.tolist()]
     strange = [name for name in names if not isinstance(name, (str, int, float))]
-    if strange: raise ValueError(f"a series is named {strange[0]!r}: a file holds words and numbers, so convert {panel.layout.id!r} to str first")
+    if strange: raise ValueError(f"a series is named {strange[0]!r}: a file holds words and numbers, so convert {panel.layout.id!r} to str")
     arrays = {name: torch.from_numpy(getattr(panel, name)) for name in ARRAYS}
     layout = panel.layout.to_dict()
     return arrays | {"ids": names, "id_dtype": str(panel.index.dtype), "layout": layout, "static_names": list(panel.static_names)}

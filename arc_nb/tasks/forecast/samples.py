@@ -57,11 +57,14 @@ def synthetic(
     dates = np.arange(steps) * whole_number("freq", freq) if isinstance(freq, int) else pd.date_range("2015", periods=steps, freq=freq)
     names = [f"s{k:0{len(str(series - 1))}d}" for k in range(series)]
     found = {"unique_id": np.repeat(names, steps), "ds": np.tile(dates, series), "y": y.ravel()}
-    if columns:
-        visitors = 10 * (1 + signal + np.roll(promo, -1, 1)) + draw.standard_normal(shape)
-        words = np.repeat(np.array(["north", "south", "west"])[region], steps)
-        found |= {"promo": promo.ravel().astype(int), "visitors": visitors.ravel(), "region": words}
+    if columns: found |= _beside(draw, signal, promo, region)
     return pd.DataFrame(found | ({"truth": clean.ravel()} if truth else {}))
+
+def _beside(draw: np.random.Generator, signal: np.ndarray, promo: np.ndarray, region: np.ndarray) -> dict[str, np.ndarray]:
+    """The other columns, (rows,) each."""
+    visitors = 10 * (1 + signal + np.roll(promo, -1, 1)) + draw.standard_normal(signal.shape)
+    words = np.repeat(np.array(["north", "south", "west"])[region], signal.shape[1])
+    return {"promo": promo.ravel().astype(int), "visitors": visitors.ravel(), "region": words}
 
 def _signal(draw: np.random.Generator, shape: tuple[int, int], season: int) -> np.ndarray:
     """Trend and season in shares of the level, (series, steps): a season is a sine and its first overtone."""
