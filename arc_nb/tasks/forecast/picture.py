@@ -189,35 +189,44 @@ def _told(found: list[Shown], title: str, unit: str) -> str:
 def _traces(one: Shown, roles: dict[str, str], c: dict[str, str]) -> Iterator[dict[str, Any]]:
     """The traces of one series, for plotly: intervals, past, forecasts, what came true."""
     value, past = "%{y:,.5g}", {"color": c["faint"], "width": 1.6}
-    for a in one.ahead: yield from _washes(one, a, c[roles[a.model]])
+    by = {model: [a for a in one.ahead if a.model == model] for model in roles}
+    for model, pieces in by.items(): yield from _washes(one, pieces, c[roles[model]])
     yield {**_at(one, *thinned(one.x, one.y)), "name": "history", "mode": "lines", "line": past, "hovertemplate": value}
-    for i, a in enumerate(one.ahead):
-        yield from _said(one, a, c[roles[a.model]], a.model not in [b.model for b in one.ahead[:i]])
+    for model, pieces in by.items():
+        if pieces: yield from _said(one, pieces, c[roles[model]])
     dots = {"mode": "markers", "marker": {"color": c["fg"], "size": 6}}
     if len(one.actual[0]): yield {**_at(one, *one.actual), **dots, "name": "actual", "hovertemplate": value}
 
-def _said(one: Shown, a: Ahead, ink: str, first: bool) -> Iterator[dict[str, Any]]:
-    """One forecast: the stroke that leads to it, and its line, with the intervals under the pointer."""
-    ends = np.array([v for pair in a.bands.values() for v in pair]).T.reshape(len(a.x), -1)
+def _said(one: Shown, pieces: list[Ahead], ink: str) -> Iterator[dict[str, Any]]:
+    """The forecasts of a model: the strokes that lead to them, and their lines, with the intervals under the pointer."""
+    ends = [np.array([v for pair in a.bands.values() for v in pair]).T.reshape(len(a.x), -1) for a in pieces]
     between = lambda k: f"%{{customdata[{2 * k}]:,.5g}} to %{{customdata[{2 * k + 1}]:,.5g}}"
-    told = "%{y:,.5g}" + "".join(f"<br>{level:g}%: {between(k)}" for k, level in enumerate(a.bands))
-    pen = {"name": a.model, "legendgroup": a.model, "line": {"color": ink, "width": 2}}
-    x, y = a.points(a.y)
-    yield {**_at(one, x[:2], y[:2]), **pen, "mode": "lines", "hoverinfo": "skip", "showlegend": False}
-    mode = {"mode": "lines+markers" if len(a.x) <= 60 else "lines", "marker": {"size": 4}, "showlegend": first}
-    yield {**_at(one, a.x, a.y), **pen, **mode, "customdata": ends, "hovertemplate": told}
+    told = "%{y:,.5g}" + "".join(f"<br>{level:g}%: {between(k)}" for k, level in enumerate(pieces[0].bands))
+    pen = {"name": pieces[0].model, "legendgroup": pieces[0].model, "line": {"color": ink, "width": 2}}
+    starts = [tuple(v[:2] for v in a.points(a.y)) for a in pieces]
+    yield {**_at(one, *_chain(starts)), **pen, "mode": "lines", "hoverinfo": "skip", "showlegend": False}
+    mode = {"mode": "lines+markers" if len(pieces[0].x) <= 60 else "lines", "marker": {"size": 4}}
+    custom = np.concatenate([np.vstack([e, np.full((1, e.shape[1]), np.nan)]) for e in ends])[:-1]
+    yield {**_at(one, *_chain([(a.x, a.y) for a in pieces])), **pen, **mode, "customdata": custom, "hovertemplate": told}
+
+def _chain(parts: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Lines one after the other, with a break between them."""
+    x, y = (np.concatenate([np.append(part[i], part[0][-1] if i == 0 else np.nan) for part in parts])[:-1] for i in (0, 1))
+    return x, y
 
 def _at(one: Shown, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
     """Places as dates again."""
     return {"x": to_dates(x) if one.dated else x, "y": y}
 
-def _washes(one: Shown, a: Ahead, ink: str) -> Iterator[dict[str, Any]]:
-    """The intervals of one forecast, the widest first."""
-    wash = f"rgba({','.join(str(int(ink[i:i + 2], 16)) for i in (1, 3, 5))},{.4 / max(1, len(a.bands)):.2f})"
-    for level in sorted(a.bands, reverse=True):
-        low, high = (a.points(v) for v in a.bands[level])
-        outline = _at(one, np.append(high[0], low[0][::-1]), np.append(high[1], low[1][::-1]))
-        yield {**outline, "name": f"{a.model} {level:g}%", "fill": "toself", "fillcolor": wash, "mode": "none", "hoverinfo": "skip"}
+def _washes(one: Shown, pieces: list[Ahead], ink: str) -> Iterator[dict[str, Any]]:
+    """The intervals of a model, the widest first."""
+    levels = sorted({level for a in pieces for level in a.bands}, reverse=True)
+    wash = f"rgba({','.join(str(int(ink[i:i + 2], 16)) for i in (1, 3, 5))},{min(.24, .4 / max(1, len(levels))):.2f})"
+    for level in levels:
+        ends = [(a.points(a.bands[level][0]), a.points(a.bands[level][1])) for a in pieces if level in a.bands]
+        outline = _chain([(np.append(high[0], low[0][::-1]), np.append(high[1], low[1][::-1])) for low, high in ends])
+        look = {"name": f"{pieces[0].model} {level:g}%", "fill": "toself", "fillcolor": wash, "mode": "none", "hoverinfo": "skip"}
+        yield {**_at(one, *outline), **look}
 
 # %% ../../../nbs/tasks/87b_picture.ipynb #0e6e9606
 def figure(
