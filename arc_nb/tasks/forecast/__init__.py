@@ -8,12 +8,12 @@ _rooms = {"Forecaster": "forecaster", "RNN": "recurrent", "LSTM": "recurrent", "
           "Transformer": "transformer", "PatchTST": "patchtst", "MLP": "mlp", "DLinear": "linear", "NLinear": "linear",
           "NBEATS": "nbeats", "NHITS": "nhits", "TCN": "tcn",
           "Naive": "baselines", "SeasonalNaive": "baselines", "Drift": "baselines", "MovingAverage": "baselines", "Statistical": "statistical",
-          "Panel": "panel", "Conformal": "conformal", "score": "scores", "backtest": "backtest", "analyse": "residuals",
+          "Panel": "panel", "Conformal": "conformal", "score": "scores", "backtest": "backtesting", "analyse": "residuals",
           "diebold_mariano": "comparison", "air_passengers": "samples", "synthetic": "samples"}
 __all__ = list(_rooms)
 
 if TYPE_CHECKING:
-    from .backtest import backtest
+    from .backtesting import backtest
     from .baselines import Drift, MovingAverage, Naive, SeasonalNaive
     from .comparison import diebold_mariano
     from .conformal import Conformal
