@@ -24,16 +24,19 @@ from arc_nb.tasks.forecast.scores import coverage, crps_quantiles, crps_samples,
 
 L, H = 24, 4
 SPECS = {"mae": "mae", "mse": "mse", "rmse": "rmse", "mape": "mape", "smape": "smape", "mase": ("mase", {"season_length": 12}),
-         "huber": ("huber", {"delta": 0.5}), "quantile": "quantile", "quantile-weights": ("quantile", {"levels": [0.9, 0.1, 0.5], "weights": [3, 1, 2]}),
+         "huber": ("huber", {"delta": 0.5}), "quantile": "quantile",
+         "quantile-weights": ("quantile", {"levels": [0.9, 0.1, 0.5], "weights": [3, 1, 2]}),
          "one-quantile": ("quantile", {"levels": [0.7]}), "gaussian": "gaussian", "normal": "normal", "student_t": "student_t",
          "negative_binomial": "negative_binomial", "nll": ("nll", {"distribution": "student_t"}),
-         "weighted": ("weighted", {"base": "quantile", "weights": [4, 3, 2, 1]}), "weighted-rmse": ("weighted", {"base": "rmse", "weights": [4, 0, 2, 1]}),
+         "weighted": ("weighted", {"base": "quantile", "weights": [4, 3, 2, 1]}),
+         "weighted-rmse": ("weighted", {"base": "rmse", "weights": [4, 0, 2, 1]}),
          "weighted-mape": ("weighted", {"base": "mape", "weights": [4, 0, 2, 1]}),
          "by-time": ("weighted", {"base": "gaussian", "by": lambda ds, y: np.ones(len(y))}),
          "both": ("weighted", {"base": "mae", "weights": [1, 2, 3, 4], "by": lambda ds, y: np.ones(len(y))}),
          "seasonal": ("seasonal", {"season_length": 2, "weights": [1, 3], "base": "smape"}),
          "scaled": ("scaled", {"base": ("quantile", {"levels": [0.2, 0.8]}), "by": "robust"}),
-         "nested": ("weighted", {"base": ("scaled", {"base": "huber"}), "weights": [1, 1, 2, 2]}), "module": nn.SmoothL1Loss(reduction="mean"), "l1-module": nn.L1Loss()}
+         "nested": ("weighted", {"base": ("scaled", {"base": "huber"}), "weights": [1, 1, 2, 2]}),
+         "module": nn.SmoothL1Loss(reduction="mean"), "l1-module": nn.L1Loss()}
 ROWS = {"by-time", "both", "seasonal"} # that need weights
 MEANS = {"module"} # a mean, which cannot be weighed
 
@@ -216,12 +219,18 @@ def test_crossing_quantiles_are_sorted_and_read_between():
 
 
 @pytest.mark.parametrize("spec,says", [
-    ("mea", "Did you mean"), (("huber", {"delta": 0}), "delta > 0"), (("quantile", {"levels": []}), "between 0 and 1"), (("quantile", {"levels": [0, 0.5]}), "between 0 and 1"),
-    (("quantile", {"levels": [0.1, 0.9], "weights": [1]}), "weight of at least 0 for each"), (("quantile", {"levels": [0.1, 0.9], "weights": [0, 0]}), "not all 0"),
-    (("mase", {"season_length": 0}), "season_length=0"), (("mase", {"season_length": 1.5}), "season_length=1.5"), (("weighted", {}), "needs weights"),
-    (("weighted", {"weights": []}), "at least 0"), (("weighted", {"weights": [1, float("nan")]}), "at least 0"), (("weighted", {"base": "nope", "weights": [1]}), "nope"),
-    (("seasonal", {"season_length": 3, "weights": [1, 2]}), "3 phases"), (("scaled", {"by": "size"}), "scaler='size'"), (("scaled", {"base": "student_t"}), "likelihood"),
-    (("nll", {"distribution": "poisson"}), "no distribution"), (("mae", {"season_length": 12}), "no option"), ("cross_entropy", "no loss of forecasts"),
+    ("mea", "Did you mean"), (("huber", {"delta": 0}), "delta > 0"), (("quantile", {"levels": []}), "between 0 and 1"),
+    (("quantile", {"levels": [0, 0.5]}), "between 0 and 1"),
+    (("quantile", {"levels": [0.1, 0.9], "weights": [1]}), "weight of at least 0 for each"),
+    (("quantile", {"levels": [0.1, 0.9], "weights": [0, 0]}), "not all 0"),
+    (("mase", {"season_length": 0}), "season_length=0"), (("mase", {"season_length": 1.5}), "season_length=1.5"),
+    (("weighted", {}), "needs weights"),
+    (("weighted", {"weights": []}), "at least 0"), (("weighted", {"weights": [1, float("nan")]}), "at least 0"),
+    (("weighted", {"base": "nope", "weights": [1]}), "nope"),
+    (("seasonal", {"season_length": 3, "weights": [1, 2]}), "3 phases"), (("scaled", {"by": "size"}), "scaler='size'"),
+    (("scaled", {"base": "student_t"}), "likelihood"),
+    (("nll", {"distribution": "poisson"}), "no distribution"), (("mae", {"season_length": 12}), "no option"),
+    ("cross_entropy", "no loss of forecasts"),
     (nn.CrossEntropyLoss(), "other things than forecasts"), (("mae", 3), "not understood"), ({"a": "mae"}, "sum compares")])
 def test_a_spec_that_cannot_be_meant_is_refused(spec, says):
     with pytest.raises((ValueError, TypeError), match=says): loss_of(spec)
@@ -237,8 +246,10 @@ def test_context_goes_where_it_belongs():
 
 
 def test_the_first_batch_is_looked_at():
-    for name, change, says in [("mae", {"values": torch.zeros(11, H, 2)}, "1 output"), ("quantile", {"values": torch.zeros(11, H)}, "3 outputs"),
-                               ("mae", {"scale": torch.zeros(11, 1)}, "above 0"), ("mae", {"loc": torch.zeros(11)}, "one a window"), ("mase", {"past": None}, "past"),
+    for name, change, says in [("mae", {"values": torch.zeros(11, H, 2)}, "1 output"),
+                               ("quantile", {"values": torch.zeros(11, H)}, "3 outputs"),
+                               ("mae", {"scale": torch.zeros(11, 1)}, "above 0"), ("mae", {"loc": torch.zeros(11)}, "one a window"),
+                               ("mase", {"past": None}, "past"),
                                ("scaled", {"past": None}, "past"), ("negative_binomial", {"loc": torch.ones(11, 1)}, 'scaler="mean"')]:
         loss = loss_of(name)
         output, target = batch(loss)
@@ -252,7 +263,8 @@ def test_the_first_batch_is_looked_at():
     with pytest.raises(ValueError, match="44 of 44 targets are not, such as"): loss_of("negative_binomial").check(counts, whole + 0.5)
     with pytest.raises(ValueError, match="all are"): loss_of("mape").check(output, target * 0)
     with pytest.warns(UserWarning, match="2 of the first 44"): loss_of("mape").check(output, target * (torch.arange(44).reshape(11, H) > 1))
-    with pytest.warns(UserWarning, match="1 of 11 windows"): loss_of("mase").check(output._replace(past=output.past * (torch.arange(11) > 0)[:, None]), target)
+    with pytest.warns(UserWarning, match="1 of 11 windows"):
+        loss_of("mase").check(output._replace(past=output.past * (torch.arange(11) > 0)[:, None]), target)
     with pytest.raises(ValueError, match="4 steps ahead"): loss_of(("weighted", {"weights": [1, 2]})).check(output, target)
     with pytest.raises(ValueError, match="weighs rows"): loss_of(SPECS["seasonal"]).check(output, target)
     with pytest.raises(ValueError, match="one loss a cell"): loss_of(lambda f, y: torch.zeros(3)).check(output, target)
@@ -284,7 +296,8 @@ def trainer(name, run=False, **more):
     x, y = windows()
     data = (x, y, torch.rand(len(y), H, generator=torch.Generator().manual_seed(1)) + 0.1) if name in ROWS else (x, y)
     torch.manual_seed(0)
-    t = Trainer(Net(loss), data, data, loss=loss, metrics=["mae"], weighted=name in ROWS, batch_size=16, lr=0.01, run=run, board=False, **more)
+    t = Trainer(Net(loss), data, data, loss=loss, metrics=["mae"], weighted=name in ROWS, batch_size=16, lr=0.01, run=run, board=False,
+                **more)
     return t, loss, data
 
 
@@ -310,7 +323,8 @@ def test_resumed_is_as_if_it_had_never_stopped(name, tmp_path):
 def test_in_several_processes_it_is_the_same_mean():
     one, loss, data = trainer("both")
     two = trainer("both")[0]
-    assert two.fit(epochs=1, processes=2).epochs().valid_loss.tolist() == pytest.approx(one.fit(epochs=1).epochs().valid_loss.tolist(), rel=0.02)
+    there, here = (t.fit(epochs=1, **how).epochs().valid_loss.tolist() for t, how in ((two, {"processes": 2}), (one, {})))
+    assert there == pytest.approx(here, rel=0.02)
     assert float(loss(two.predict(data[0]), *data[1:])) == pytest.approx(two.history.epochs().valid_loss.iloc[-1], rel=1e-5)
 
 
@@ -325,7 +339,8 @@ def test_phases_and_weights_of_rows():
     both = loss_of(("weighted", {"base": ("seasonal", {"season_length": 12, "weights": range(12)}), "by": late}))
     assert np.allclose(both.row_weights(panel), seasonal.row_weights(panel) * time_weights(panel.times, panel.y, late))
     assert loss_of("mae").row_weights(panel) is None and loss_of(SPECS["weighted"]).row_weights(panel) is None
-    for fn, says in [(lambda ds, y: 1.0, "called once"), (lambda ds, y: -y, "at least 0"), (lambda ds, y: y * np.nan, "at least 0"), (lambda ds, y: y * 0, "nothing counts")]:
+    for fn, says in [(lambda ds, y: 1.0, "called once"), (lambda ds, y: -y, "at least 0"), (lambda ds, y: y * np.nan, "at least 0"),
+                     (lambda ds, y: y * 0, "nothing counts")]:
         with pytest.raises(ValueError, match=says): time_weights(panel.times, panel.y, fn)
 
 
@@ -336,7 +351,8 @@ def forecasts(seed=0, series=5, h=6):
     y = rng.normal(100, 20, series * h)
     frame = pd.DataFrame({"unique_id": ids, "ds": steps, "y": y, "A": y + rng.normal(3, 5, len(y)), "B": y + rng.normal(0, 9, len(y))})
     frame["A-lo-80"], frame["A-hi-80"], frame["A-q-0.3"] = frame.A - 8, frame.A + 6, frame.A - 2
-    train = pd.DataFrame({"unique_id": np.repeat([f"s{k}" for k in range(series)], 20), "ds": np.tile(np.arange(20), series), "y": rng.normal(100, 20, series * 20)})
+    train = pd.DataFrame({"unique_id": np.repeat([f"s{k}" for k in range(series)], 20), "ds": np.tile(np.arange(20), series),
+                          "y": rng.normal(100, 20, series * 20)})
     return frame, train
 
 
@@ -349,9 +365,12 @@ def test_scores_are_those_of_other_programs():
     for name in "AB":
         y, f, row = frame.y.to_numpy(), frame[name].to_numpy(), table.loc[name]
         assert row.mae == pytest.approx(sk.mean_absolute_error(y, f)) and row.mse == pytest.approx(sk.mean_squared_error(y, f))
-        assert row.rmse == pytest.approx(sk.root_mean_squared_error(y, f)) and row.mape == pytest.approx(100 * sk.mean_absolute_percentage_error(y, f))
-        assert row.smape == pytest.approx(100 * float(smape(torch.tensor(f), torch.tensor(y)))) and row.bias == pytest.approx((f - y).mean())
-    costs = [sk.mean_pinball_loss(frame.y, frame[c], alpha=q) for c, q in (("A-lo-80", 0.1), ("A-q-0.3", 0.3), ("A", 0.5), ("A-hi-80", 0.9))]
+        assert row.rmse == pytest.approx(sk.root_mean_squared_error(y, f))
+        assert row.mape == pytest.approx(100 * sk.mean_absolute_percentage_error(y, f))
+        assert row.smape == pytest.approx(100 * float(smape(torch.tensor(f), torch.tensor(y))))
+        assert row.bias == pytest.approx((f - y).mean())
+    ends = {"A-lo-80": 0.1, "A-q-0.3": 0.3, "A": 0.5, "A-hi-80": 0.9}
+    costs = [sk.mean_pinball_loss(frame.y, frame[column], alpha=level) for column, level in ends.items()]
     assert table.pinball["A"] == pytest.approx(np.mean(costs)) and np.isnan(table.pinball["B"])
     assert table["coverage-80"]["A"] == pytest.approx(((frame.y >= frame["A-lo-80"]) & (frame.y <= frame["A-hi-80"])).mean())
     y, lo, hi = frame.y, frame["A-lo-80"], frame["A-hi-80"]
@@ -364,8 +383,10 @@ def test_scaled_scores_by_series_and_together():
     for name in frame.unique_id.unique():
         past, rows = train[train.unique_id == name].y.to_numpy(), frame[frame.unique_id == name]
         e, d = (rows.A - rows.y).to_numpy(), past[3:] - past[:-3]
-        assert by.mase[name, "A"] == pytest.approx(np.abs(e).mean() / np.abs(d).mean()) and by.rmsse[name, "A"] == pytest.approx(np.sqrt((e**2).mean() / (d**2).mean()))
-    for metric in ("mae", "mase", "rmsse", "smape", "crps"): assert all_[metric]["A"] == pytest.approx(by[metric].xs("A", level="model").mean())
+        assert by.mase[name, "A"] == pytest.approx(np.abs(e).mean() / np.abs(d).mean())
+        assert by.rmsse[name, "A"] == pytest.approx(np.sqrt((e**2).mean() / (d**2).mean()))
+    for metric in ("mae", "mase", "rmsse", "smape", "crps"):
+        assert all_[metric]["A"] == pytest.approx(by[metric].xs("A", level="model").mean())
     mixed = score(frame.sample(frac=1, random_state=0), train.sample(frac=1, random_state=0), season_length=3, by="unique_id")
     pd.testing.assert_frame_equal(mixed, by)
     two = score(frame.assign(step=frame.ds - 19), by=["step", "unique_id"], metrics="mae")
@@ -375,16 +396,21 @@ def test_scaled_scores_by_series_and_together():
 
 def test_scores_refuse_what_they_cannot_score():
     frame, train = forecasts()
-    for call, says in [(lambda: score(frame.drop(columns="y")), "no column is called 'y'"), (lambda: score(frame.assign(A=frame.A.where(frame.index > 3))), "4 of 30 rows"),
-                       (lambda: score(frame, metrics="rmsse"), "train="), (lambda: score(frame, train[train.unique_id != "s1"]), "'s1'"), (lambda: score(frame, models=["C"]), "Known"),
-                       (lambda: score(frame[["unique_id", "ds", "y"]]), "no column holds forecasts"), (lambda: score(frame, metrics=["crsp"]), "crps"),
-                       (lambda: score(frame.drop(columns="A-lo-80")), "one end only"), (lambda: score(frame[["unique_id", "ds", "y", "B"]], metrics="crps"), "needs quantiles"),
+    for call, says in [(lambda: score(frame.drop(columns="y")), "no column is called 'y'"),
+                       (lambda: score(frame.assign(A=frame.A.where(frame.index > 3))), "4 of 30 rows"),
+                       (lambda: score(frame, metrics="rmsse"), "train="), (lambda: score(frame, train[train.unique_id != "s1"]), "'s1'"),
+                       (lambda: score(frame, models=["C"]), "Known"),
+                       (lambda: score(frame[["unique_id", "ds", "y"]]), "no column holds forecasts"),
+                       (lambda: score(frame, metrics=["crsp"]), "crps"),
+                       (lambda: score(frame.drop(columns="A-lo-80")), "one end only"),
+                       (lambda: score(frame[["unique_id", "ds", "y", "B"]], metrics="crps"), "needs quantiles"),
                        (lambda: score(frame, train, season_length=0), "season_length=0")]:
         with pytest.raises(ValueError, match=says): call()
     with pytest.warns(UserWarning, match="1 of 5 series, such as 's1'"):
         short = score(frame, train[(train.unique_id != "s1") | (train.ds < 3)], season_length=3, by="unique_id", metrics="mase")
     assert short.mase.isna().sum() == 2
-    with pytest.warns(UserWarning, match="6 of 30 rows"): assert score(frame.assign(y=frame.y.where(frame.unique_id != "s0", 0.0)), metrics="mape").mape.notna().all()
+    with pytest.warns(UserWarning, match="6 of 30 rows"):
+        assert score(frame.assign(y=frame.y.where(frame.unique_id != "s0", 0.0)), metrics="mape").mape.notna().all()
 
 
 def test_crps_in_a_sort_is_crps_of_all_pairs():
@@ -399,7 +425,8 @@ def test_crps_in_a_sort_is_crps_of_all_pairs():
     levels = np.arange(1, 200) / 200
     assert crps_quantiles(np.zeros(1), stats.norm.ppf(levels)[None], levels)[0] == pytest.approx(exact, rel=0.01)
     assert crps_quantiles(np.array([3.0]), np.array([[1.0]]), [0.5])[0] == 2 # without spread: the absolute error
-    for call in (lambda: crps_samples(y, draws[:1]), lambda: crps_quantiles(y[0], draws[:3, 0], [0.5, 0.1, 0.9]), lambda: pinball(y, y, 1.0), lambda: interval_score(y, y, y, 0)):
+    for call in (lambda: crps_samples(y, draws[:1]), lambda: crps_quantiles(y[0], draws[:3, 0], [0.5, 0.1, 0.9]),
+                 lambda: pinball(y, y, 1.0), lambda: interval_score(y, y, y, 0)):
         with pytest.raises(ValueError): call()
     assert coverage(np.array([1.0, 3.0]), np.array([1.0, 1.0]), np.array([2.0, 2.0])).tolist() == [1, 0]
 
@@ -421,7 +448,7 @@ def test_coverage_on_200_series_is_within_3_points(pool, count, method, record_p
         bands = Conformal(method, pool=pool).calibrate(errors[:-1], scale=size).intervals(np.zeros((200, 12)), scale=size)
         for level, (low, high) in bands.items(): inside[level].append(((errors[-1] >= low) & (errors[-1] <= high)).mean())
     print({level: np.round(shares, 3).tolist() for level, shares in inside.items()})
-    for level, shares in inside.items(): assert abs(np.mean(shares) - level / 100) < 0.03 and max(abs(np.array(shares) - level / 100)) < 0.03
+    for level, shares in inside.items(): assert max(abs(np.array(shares) - level / 100)) < 0.03
 
 
 def test_the_rank_is_exact_for_few_errors():
@@ -454,18 +481,26 @@ def test_conformal_goes_into_a_file_and_refuses_what_does_not_fit(tmp_path):
         assert np.array_equal(ends, again.intervals(np.ones((200, 12)), scale=size)[level])
     one = Conformal(pool="series", levels=(80,)).calibrate(errors[:-1])
     assert np.array_equal(one.intervals(np.zeros((2, 12)), series=[3, 7])[80][1], one.intervals(np.zeros((200, 12)))[80][1][[3, 7]])
-    assert Conformal().windows_for(1) == 19 and Conformal().windows_for(7) == 3 and Conformal(pool="series").windows_for(7) == 19 and Conformal(windows=8).windows_for(7) == 8
-    for call, says in [(lambda: Conformal("jackknife"), "split"), (lambda: Conformal(pool="step"), "pool"), (lambda: Conformal(levels=()), "levels"), (lambda: Conformal(windows=0), "windows=0"),
-                       (lambda: Conformal().intervals(np.zeros((1, 1))), "calibrate"), (lambda: Conformal().calibrate(np.zeros((18, 4))), "needs 19 errors"),
-                       (lambda: Conformal().calibrate(np.zeros((0, 2, 3))), "shape"), (lambda: Conformal().calibrate(errors, scale=size[:3]), "one a series"),
-                       (lambda: Conformal().calibrate(errors, scale=size * 0), "above 0"), (lambda: made.intervals(np.zeros((200, 12))), "those of these series"),
-                       (lambda: made.intervals(np.zeros((200, 5)), scale=size), "steps ahead"), (lambda: one.intervals(np.zeros((3, 12))), "series="),
-                       (lambda: made.intervals(np.zeros((200, 12)), levels=[101], scale=size), "between 0 and 100"), (lambda: one.intervals(np.zeros((200, 12)), levels=[95]), "give 19 windows")]:
+    assert Conformal().windows_for(1) == 19 and Conformal().windows_for(7) == 3 and Conformal(pool="series").windows_for(7) == 19
+    assert Conformal(windows=8).windows_for(7) == 8
+    for call, says in [(lambda: Conformal("jackknife"), "split"), (lambda: Conformal(pool="step"), "pool"),
+                       (lambda: Conformal(levels=()), "levels"), (lambda: Conformal(windows=0), "windows=0"),
+                       (lambda: Conformal().intervals(np.zeros((1, 1))), "calibrate"),
+                       (lambda: Conformal().calibrate(np.zeros((18, 4))), "needs 19 errors"),
+                       (lambda: Conformal().calibrate(np.zeros((0, 2, 3))), "shape"),
+                       (lambda: Conformal().calibrate(errors, scale=size[:3]), "one a series"),
+                       (lambda: Conformal().calibrate(errors, scale=size * 0), "above 0"),
+                       (lambda: made.intervals(np.zeros((200, 12))), "those of these series"),
+                       (lambda: made.intervals(np.zeros((200, 5)), scale=size), "steps ahead"),
+                       (lambda: one.intervals(np.zeros((3, 12))), "series="),
+                       (lambda: made.intervals(np.zeros((200, 12)), levels=[101], scale=size), "between 0 and 100"),
+                       (lambda: one.intervals(np.zeros((200, 12)), levels=[95]), "give 19 windows")]:
         with pytest.raises(ValueError, match=says): call()
 
 
 def test_errors_come_out_of_a_backtest_in_order():
-    rows = [{"unique_id": s, "ds": c + k, "cutoff": c, "y": 100.0 * (s == "b") + c + k, "m": 0.0} for s in "ab" for c in (7, 1, 4) for k in (1, 2, 3)]
+    rows = [{"unique_id": s, "ds": c + k, "cutoff": c, "y": 100.0 * (s == "b") + c + k, "m": 0.0}
+            for s in "ab" for c in (7, 1, 4) for k in (1, 2, 3)]
     errors, names = errors_of(pd.DataFrame(rows).sample(frac=1, random_state=0), "m")
     assert errors.shape == (3, 2, 3) and names.tolist() == ["a", "b"] and errors[:, 0].tolist() == [[2, 3, 4], [5, 6, 7], [8, 9, 10]]
     assert (errors[:, 1] == errors[:, 0] + 100).all()

@@ -189,7 +189,8 @@ def means(values: np.ndarray, groups: np.ndarray, number: int) -> np.ndarray: # 
 
 # %% ../../../nbs/tasks/84c_scores.ipynb #0e961320
 def check_rows(frame: "pd.DataFrame", columns: Sequence[str], id: str) -> None:
-    "ValueError where a column is missing, or a value of it"
+    "ValueError where there are no rows, a column is missing, or a value of it"
+    if not len(frame): raise ValueError("the frame has no rows: there is nothing to score.")
     for name in columns:
         if name not in frame.columns: raise unknown("column", name, [str(c) for c in frame.columns])
         gone = ~np.isfinite(frame[name].to_numpy(float)) if name != id else frame[name].isna().to_numpy()
@@ -229,11 +230,9 @@ def score(
     "What the forecasts of each model were worth. ValueError for missing columns and values, and metrics that lack what they need."
     import pandas as pd
     by = [by] if isinstance(by, str) else list(by or ())
-    if not len(frame): raise ValueError("the frame has no rows: there is nothing to score.")
     found = columns_of(frame, models, [id, time, target, *by])
     check_rows(frame, [id, target, *(m.name for m in found)], id)
-    names = which(metrics, found, train)
-    y, series = frame[target].to_numpy(float), pd.factorize(frame[id])[0]
+    names, y, series = which(metrics, found, train), frame[target].to_numpy(float), pd.factorize(frame[id])[0]
     groups = frame.groupby(by, dropna=False).ngroup().to_numpy() if by else np.zeros(len(frame), np.int64)
     if "mape" in names and (y == 0).any(): warn(f"mape has no value where y is 0: {(y == 0).sum()} of {len(y)} rows are left out")
     scales = row_scales(frame, train, season_length, id, time, target) if set(names) & set(SCALED) else {}
