@@ -41,7 +41,7 @@ class Forecaster(Way):
         self.target, self.time, self.id = target, time, id
         for name in (id, target): column(data, name)
         self.line = timeline(data, time)
-        self.series = data[id].factorize()[0]
+        self.series = data[id].factorize(sort=True)[0]
         self.place = np.empty(len(data), np.int64)  # of each row, by series and time: models want them in order
         self.place[np.lexsort((self.line.at, self.series))] = np.arange(len(data))
         self.errors = measures_of(FORECASTS if metrics is None else metrics)

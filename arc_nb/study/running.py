@@ -132,11 +132,11 @@ class Lines:
     """What a worker tells."""
     def __init__(self, path: Path): self.path, self.offset = path, 0
 
-    def newest(self) -> dict[str, Any] | None:
-        """The last of the new lines; None where there is none."""
-        if not self.path.exists(): return None
+    def tell(self, hear: Callable[[dict[str, Any]], None]) -> None:
+        """Passes the last of the new lines on, where there is one."""
+        if not self.path.exists(): return
         lines, self.offset = new_lines(self.path, self.offset)
-        return json.loads(lines[-1]) if lines else None
+        if lines: hear(json.loads(lines[-1]))
 
 def _packed(way: Way, pairs: Pairs, seed: int) -> Parcel:
     """What is sent to each worker; TypeError names the part that cannot be."""
@@ -167,9 +167,9 @@ def side_by_side(
                 for number, (outcome, said) in workers.done():
                     for one in dict.fromkeys(said):
                         if one not in heard: heard.add(one); warn(*one)
+                    files[number].tell(partial(hear, number))
                     yield number, outcome
-                for number, _ in workers.busy.values():
-                    if news := files[number].newest(): hear(number, news)
+                for number, _ in workers.busy.values(): files[number].tell(partial(hear, number))
         finally:
             workers.end()
             parcel.remove()
