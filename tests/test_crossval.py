@@ -151,7 +151,8 @@ def test_series_of_their_own_ends_and_missing_forecasts():
     new = pd.concat([frame, frame[frame.unique_id == "w0"].tail(4).assign(unique_id="new")])
     with pytest.warns(RuntimeWarning, match="4 of 22 test rows have no forecast and are not scored, 'new' at"):
         cross_validate(AR(), new, TimeSeriesFolds(1, test_size=6), board=False)
-    with pytest.raises(ValueError, match="none of the 18 test rows has a forecast") as error: cross_validate(Plain(horizon=2), walks(), FOLDS, board=False)
+    with pytest.raises(ValueError, match="none of the 18 test rows has a forecast") as error:
+        cross_validate(Plain(horizon=2), walks(), FOLDS, board=False)
     assert error.value.__notes__ == ["in fold 1 of 3"]
 
 
@@ -169,13 +170,15 @@ def test_metrics_intervals_and_other_names():
     renamed = walks().rename(columns={"ds": "when", "y": "sales", "unique_id": "shop"})
     other = cross_validate(Named(), renamed, TimeSeriesFolds(3, test_size=6, gap=2, purge=1, time="when", id="shop"), target="sales", board=False)
     assert other.mae.tolist() == cross_validate(AR(), walks(), FOLDS, board=False).mae.tolist()
-    with pytest.raises(ValueError, match="no measure is called 'mea'.*'mae'"): cross_validate(AR(), walks(), FOLDS, metrics="mea", board=False)
+    with pytest.raises(ValueError, match="no measure is called 'mea'.*'mae'"):
+        cross_validate(AR(), walks(), FOLDS, metrics="mea", board=False)
 
 
 def test_a_number_goes_forward_in_time_and_other_folds_are_told():
     result = cross_validate(AR(), walks(), 4, board=False)
     assert len(result) == 4 and (result.splits[result.splits.part == "train"]["last"].to_numpy() < result.splits[result.splits.part == "test"]["first"].to_numpy()).all()
-    with pytest.warns(UserWarning, match="AR then knows the future"): cross_validate(AR(), walks(), BlockedFolds(3, 6, test_ratio=.1, seed=2), board=False)
+    with pytest.warns(UserWarning, match="AR then knows the future"):
+        cross_validate(AR(), walks(), BlockedFolds(3, 6, test_ratio=.1, seed=2), board=False)
 
 
 def test_columns_known_ahead_reach_the_model():
@@ -198,7 +201,8 @@ def test_a_recipe_gets_train_and_valid_only_and_its_own_scores():
     assert seen == [{"train": 60, "valid": 30}] * 3 and list(result) == ["loss", "accuracy", "train_rows", "test_rows", "seconds"]
     assert result.forecasts is None
     with pytest.raises(ValueError, match="no forecasts"): result.figure("forecasts")
-    with pytest.warns(UserWarning, match="metrics= has no effect"): cross_validate(recipe, classes(), 2, epochs=1, metrics="mae", board=False)
+    with pytest.warns(UserWarning, match="metrics= has no effect"):
+        cross_validate(recipe, classes(), 2, epochs=1, metrics="mae", board=False)
     with pytest.raises(ValueError, match="how far"): cross_validate(recipe, classes(), 2, board=False)
 
 
@@ -252,7 +256,8 @@ def test_processes_give_the_same_to_the_bit(kind):
 def test_a_fold_that_dies_or_fails_is_named():
     data = np.zeros((80, 1)), np.zeros(80)
     pairs = [(np.arange(k), np.arange(k, k + 5)) for k in (20, 70, 30)]
-    with pytest.raises(RuntimeError, match="the process of fold 2 has died"): cross_validate(Slow(die=True), data, pairs, jobs=2, board=False)
+    with pytest.raises(RuntimeError, match="the process of fold 2 has died"):
+        cross_validate(Slow(die=True), data, pairs, jobs=2, board=False)
     class Fails(Slow):
         def fit(self, X, y): raise ValueError("no")
     for jobs in (1, 2):
@@ -315,7 +320,8 @@ def test_an_interrupt_ends_the_processes():
     thread = threading.Thread(target=interrupt)
     thread.start()
     try:
-        with pytest.warns(RuntimeWarning, match="1 of 3 folds"): result = cross_validate(Slow(wait=120), data, pairs, metrics="mae", jobs=2, board=False)
+        with pytest.warns(RuntimeWarning, match="1 of 3 folds"):
+            result = cross_validate(Slow(wait=120), data, pairs, metrics="mae", jobs=2, board=False)
     finally:
         module.Shown = original
         done.set(); thread.join()

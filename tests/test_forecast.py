@@ -43,7 +43,7 @@ def quick(cls):
 
     def make(horizon: int, **given):
         epochs = given.pop("max_epochs", None)  # as typed; two of them are trained
-        make_it = cls(horizon, **{**small, "input_size": 24, "board": False, "run": False, **given, **({} if epochs is None else {"max_epochs": epochs})})
+        make_it = cls(horizon, **{**small, "input_size": 24, "board": False, **given, **({} if epochs is None else {"max_epochs": epochs})})
         fit = make_it.fit
         def short(frame, **how):
             if "epochs" not in how and "steps" not in how: how["steps"] = 4

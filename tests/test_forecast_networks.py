@@ -98,7 +98,7 @@ def test_dropout_is_for_training(network):
 
 
 WRONG = {
-    MLPNetwork: [{"hidden_size": 0}, {"layers": 0}, {"dropout": 1}, {"dropout": None}, {"activation": "rellu"}],
+    MLPNetwork: [{"hidden_size": 0}, {"num_layers": 0}, {"dropout": 1}, {"dropout": None}, {"activation": "rellu"}],
     DLinearNetwork: [{"kernel": 0}, {"start": "zero"}],
     NBEATSNetwork: [{"stacks": ()}, {"stacks": ("tred",)}, {"stacks": "exogenous"}, {"blocks": (1, 2)}, {"blocks": 1.5}, {"degree": -1},
                     {"hidden_size": True}],

@@ -104,7 +104,8 @@ def describe(
     values: Tensor,  # (n, ...)
     columns: Sequence[str] | None = None,  # names, where they are known
 ) -> list[Feature]:
-    """A feature a column of a float table, or one for the whole tensor."""
+    """A feature a column of a float table, or one for the whole tensor; none for one without numbers."""
+    if not values.numel(): return []
     table = values.is_floating_point() and values.ndim == 2 and values.shape[1] <= COLUMNS
     flat = values.reshape(len(values), -1) if table else values.reshape(-1, 1)
     known = torch.isfinite(flat) if values.is_floating_point() else torch.ones_like(flat, dtype=torch.bool)
@@ -177,6 +178,7 @@ def tried(
         for handle in handles: handle.remove()
     places = {name: t.data_ptr() if held(t) else 0 for name, t in tensors_of(few.inputs).items()}
     if len(places) > 1 or any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()): takers.pop(0, None)  # it may be another's
+    if getattr(model, "scales_inputs", False): return to_device(output, CPU), set(places)  # it says so itself
     norms = (Scaling, nn.modules.batchnorm._NormBase)
     return to_device(output, CPU), {name for name, place in places.items() if isinstance(takers.get(place, takers.get(0)), norms)}
 

@@ -30,6 +30,8 @@ class Scaled(nn.Module):
         for name, found in zip(ColumnScales._fields, columns or (nothing[:, :0],) * 3): self.register_buffer(f"{name}_scales", found)
 
     @property
+    def scales_inputs(self) -> bool: return self.scaler != "none"  # a checkup need not ask for it
+    @property
     def autoregressive(self) -> bool: return bool(getattr(self.network, "autoregressive", False))  # whether it is taught step by step
 
     def window(
