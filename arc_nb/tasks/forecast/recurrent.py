@@ -209,13 +209,12 @@ def memory_picture(
     line = draw(Line("y", at, y.numpy(), "a"), x, Axis(*extent([y.numpy()]), above.bottom, above.top))
     ordered = cells[:, by_phase(cells, season)].T
     middle = (ordered - ordered.mean(1, keepdim=True)) / ordered.std(1, keepdim=True).clamp(min=1e-6)
-    marks = np.arange(0, number + 1, season)
+    marks, head = np.arange(0, number + 1, season), words(16, 25, title, "fg", 13, weight=600)
     rules = [tag("line", x1=p, x2=p, y1=above.top, y2=box.bottom, stroke="@line") for p in x(marks).tolist()]
     below = [words(p, box.bottom + 18, str(k), anchor="middle") for p, k in zip(x(marks).tolist(), marks.tolist())] + [
         words(box.left - 8, box.bottom + 18, unit, anchor="end"), words(box.left - 8, 88, "series", anchor="end"),
         words(box.left - 8, (box.top + box.bottom) / 2, "cells", anchor="end"),
         words(box.right, box.bottom + 38, "blue: high, orange: low; each cell beside its own mean and deviation", anchor="end")]
-    head = words(16, 25, title, "fg", 13, weight=600)
     return picture(width, box.bottom + 52, head, _stripes(middle.clamp(-2, 2), box), *rules, line, *below,
                    label=f"{title or 'memory'}: {units} cells over {number} steps", theme=theme)
 
