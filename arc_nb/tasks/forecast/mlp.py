@@ -37,21 +37,24 @@ def hidden(
     widths: Sequence[int],  # of the input and of each hidden layer
     activation: str = "relu",  # a name of ACTIVATIONS
     dropout: float = 0.0,  # after each activation, in training
+    batch_norm: bool = False,  # before each activation (Ioffe and Szegedy 2015)
 ) -> nn.Sequential:
     """Linear layers, each with an activation after it; ValueError for an unknown activation."""
     if activation not in ACTIVATIONS: raise unknown("activation", activation, ACTIVATIONS)
     layers: list[nn.Module] = []
     for a, b in pairwise(widths):
-        layers += [nn.Linear(a, b), ACTIVATIONS[activation]()] + ([nn.Dropout(dropout)] if share("dropout", dropout) else [])
+        layers += [nn.Linear(a, b), *([nn.BatchNorm1d(b)] if batch_norm else []), ACTIVATIONS[activation]()]
+        layers += [nn.Dropout(dropout)] if share("dropout", dropout) else []
     return nn.Sequential(*layers)
 
 def dense(
     widths: Sequence[int],  # of the input, of each hidden layer, of the output
     activation: str = "relu",  # a name of ACTIVATIONS
     dropout: float = 0.0,  # after each activation, in training
+    batch_norm: bool = False,  # before each activation
 ) -> nn.Sequential:
     """Hidden layers, and a linear one to the output."""
-    return hidden(widths[:-1], activation, dropout).append(nn.Linear(widths[-2], widths[-1]))
+    return hidden(widths[:-1], activation, dropout, batch_norm).append(nn.Linear(widths[-2], widths[-1]))
 
 # %% ../../../nbs/tasks/83b_mlp.ipynb #ad4bb089
 class MLPNetwork(nn.Module):
@@ -63,14 +66,15 @@ class MLPNetwork(nn.Module):
         sizes: Sizes,
         *,
         hidden_size: int = 256,  # units of a hidden layer
-        layers: int = 2,  # hidden layers
+        num_layers: int = 2,  # hidden layers
         activation: str = "relu",  # "relu", "gelu", "silu", "elu" or "tanh"
         dropout: float = 0.0,  # share of the hidden units dropped in training
+        batch_norm: bool = False,  # hidden units get mean 0 and deviation 1 over the batch, before the activation
     ):
         super().__init__()
         self.sizes = sizes
-        widths = [whole("hidden_size", hidden_size)] * whole("layers", layers)
-        self.layers = dense([sizes.flat, *widths, sizes.horizon * sizes.outputs], activation, dropout)
+        widths = [whole("hidden_size", hidden_size)] * whole("num_layers", num_layers)
+        self.layers = dense([sizes.flat, *widths, sizes.horizon * sizes.outputs], activation, dropout, batch_norm)
 
     def forward(self, window: Window) -> Tensor:
         """(B, horizon, outputs)."""

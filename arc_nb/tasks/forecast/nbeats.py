@@ -106,7 +106,7 @@ class NBEATSNetwork(nn.Module):
         stacks: Sequence[str] = ("trend", "seasonality", "generic"),  # of "trend", "seasonality", "generic" and "exogenous"
         blocks: int | Sequence[int] = 1,  # of each stack: one number, or one a stack
         hidden_size: int = 256,  # units of a dense layer
-        layers: int = 4,  # dense layers of a block
+        num_layers: int = 4,  # dense layers of a block
         degree: int = 2,  # of the trend's polynomial
         share_weights: bool = False,  # the blocks of a stack are the same one
         activation: str = "relu",  # "relu", "gelu", "silu", "elu" or "tanh"
@@ -115,7 +115,7 @@ class NBEATSNetwork(nn.Module):
         super().__init__()
         self.sizes, self.stacks = sizes, known_stacks(stacks, sizes)
         self.blocks = counted("blocks", blocks, len(self.stacks))
-        widths = [sizes.flat] + [whole("hidden_size", hidden_size)] * whole("layers", layers)
+        widths = [sizes.flat] + [whole("hidden_size", hidden_size)] * whole("num_layers", num_layers)
         make = lambda kind: Block(kind, sizes, hidden(widths, activation, dropout), hidden_size, whole("degree", degree, 0))
         if share_weights and max(self.blocks) == 1: warnings.warn("share_weights has no effect with one block a stack", stacklevel=2)
         own = [1 if share_weights else n for n in self.blocks]

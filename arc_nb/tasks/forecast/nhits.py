@@ -80,7 +80,7 @@ class PooledBlock(nn.Module):
         pool: int,  # steps in a maximum
         rate: int,  # steps a knot
         interpolation: str,  # a name of INTERPOLATIONS
-        options: tuple[int, int, str, float],  # hidden_size, layers, activation, dropout
+        options: tuple[int, int, str, float],  # hidden_size, num_layers, activation, dropout
     ):
         super().__init__()
         (width, layers, activation, dropout), self.pool, self.outputs = options, pool, sizes.outputs
@@ -111,7 +111,7 @@ class NHITSNetwork(nn.Module):
         downsample: int | Sequence[int] | None = None,  # steps ahead a knot, one number a stack; None: by horizon
         blocks: int | Sequence[int] = 1,  # of each stack: one number, or one a stack
         hidden_size: int = 256,  # units of a dense layer
-        layers: int = 2,  # dense layers of a block
+        num_layers: int = 2,  # dense layers of a block
         interpolation: str = "linear",  # "nearest", "linear" or "cubic"
         from_last: bool = True,  # the forecast begins at the last value, not at zero
         activation: str = "relu",  # "relu", "gelu", "silu", "elu" or "tanh"
@@ -121,7 +121,7 @@ class NHITSNetwork(nn.Module):
         self.sizes, self.level = sizes, Level(sizes) if from_last else None
         self.pooling, self.rates = rates_of(sizes, pooling, downsample)
         self.blocks = counted("blocks", blocks, len(self.rates))
-        options = (whole("hidden_size", hidden_size), whole("layers", layers), activation, dropout)
+        options = (whole("hidden_size", hidden_size), whole("num_layers", num_layers), activation, dropout)
         make = lambda pool, rate: PooledBlock(sizes, pool, rate, interpolation, options)
         plan = zip(self.pooling, self.rates, self.blocks)
         self.members = nn.ModuleList(nn.ModuleList(make(pool, rate) for _ in range(n)) for pool, rate, n in plan)
