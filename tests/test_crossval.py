@@ -24,8 +24,8 @@ from arc_nb.study.crossval import CrossValidation, Shown
 def walks(series: int = 3, steps: int = 72, seed: int = 0) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
     ds = pd.date_range("2018-01-01", periods=steps, freq="MS")
-    return pd.concat([pd.DataFrame({"unique_id": f"w{k}", "ds": ds, "y": 100 + 10 * k + rng.normal(size=steps).cumsum()}) for k in range(series)],
-                     ignore_index=True)
+    parts = [pd.DataFrame({"unique_id": f"w{k}", "ds": ds, "y": 100 + 10 * k + rng.normal(size=steps).cumsum()}) for k in range(series)]
+    return pd.concat(parts, ignore_index=True)
 
 
 class AR:
@@ -39,8 +39,8 @@ class AR:
         return self
     def predict(self, frame=None):
         newest = self.last if frame is None else frame.groupby("unique_id").tail(1)
-        return pd.concat([pd.DataFrame({"unique_id": newest.unique_id, "ds": newest.ds + pd.DateOffset(months=k), "AR": newest.y * self.share**k})
-                          for k in range(1, self.horizon + 1)])
+        said = lambda k: {"unique_id": newest.unique_id, "ds": newest.ds + pd.DateOffset(months=k), "AR": newest.y * self.share**k}
+        return pd.concat([pd.DataFrame(said(k)) for k in range(1, self.horizon + 1)])
 
 
 class Plain(AR):
@@ -79,7 +79,8 @@ def test_a_row_a_fold_with_mean_and_deviation():
     assert isinstance(result, CrossValidation) and result.index.name == "fold" and list(result.index) == [1, 2, 3]
     assert list(result) == ["mae", "rmse", "mape", "smape", "train_rows", "test_rows", "seconds"]
     assert result.train_rows.tolist() == [3 * 51, 3 * 57, 3 * 63] and (result.test_rows == 18).all()
-    assert result.mean()["mae"] == pytest.approx(np.mean(result["mae"].tolist())) and result.std()["mae"] == pytest.approx(np.std(result["mae"].tolist(), ddof=1))
+    assert result.mean()["mae"] == pytest.approx(np.mean(result["mae"].tolist()))
+    assert result.std()["mae"] == pytest.approx(np.std(result["mae"].tolist(), ddof=1))
     said = result.forecasts
     assert list(said) == ["unique_id", "ds", "cutoff", "fold", "y", "AR"] and len(said) == 54 and said.notna().all().all()
     for fold, part in said.groupby("fold"): assert result.mae[fold] == pytest.approx((part.y - part.AR).abs().mean())
@@ -158,17 +159,20 @@ def test_series_of_their_own_ends_and_missing_forecasts():
 
 def test_metrics_intervals_and_other_names():
     class Wide(AR):
-        def predict(self, frame): return AR.predict(self, frame).assign(**{"AR-lo-80": -1e9, "AR-hi-80": 1e9, "AR-lo-95": 0.0, "AR-hi-95": 0.0})
+        def predict(self, frame):
+            return AR.predict(self, frame).assign(**{"AR-lo-80": -1e9, "AR-hi-80": 1e9, "AR-lo-95": 0.0, "AR-hi-95": 0.0})
     def worst(y, p): return float(np.abs(y - p).max())
     result = cross_validate(Wide(), walks(), FOLDS, metrics=["mae", worst], board=False)
-    assert list(result)[:4] == ["mae", "worst", "coverage_80", "coverage_95"] and (result.coverage_80 == 100).all() and (result.coverage_95 == 0).all()
+    assert list(result)[:4] == ["mae", "worst", "coverage_80", "coverage_95"]
+    assert (result.coverage_80 == 100).all() and (result.coverage_95 == 0).all()
     class Named(AR):
         def fit(self, frame): return AR.fit(self, frame.rename(columns={"when": "ds", "sales": "y", "shop": "unique_id"}))
         def predict(self, frame):
             said = AR.predict(self, frame.rename(columns={"when": "ds", "sales": "y", "shop": "unique_id"}))
             return said.rename(columns={"ds": "when", "unique_id": "shop"})
     renamed = walks().rename(columns={"ds": "when", "y": "sales", "unique_id": "shop"})
-    other = cross_validate(Named(), renamed, TimeSeriesFolds(3, test_size=6, gap=2, purge=1, time="when", id="shop"), target="sales", board=False)
+    folds = TimeSeriesFolds(3, test_size=6, gap=2, purge=1, time="when", id="shop")
+    other = cross_validate(Named(), renamed, folds, target="sales", board=False)
     assert other.mae.tolist() == cross_validate(AR(), walks(), FOLDS, board=False).mae.tolist()
     with pytest.raises(ValueError, match="no measure is called 'mea'.*'mae'"):
         cross_validate(AR(), walks(), FOLDS, metrics="mea", board=False)
@@ -176,7 +180,8 @@ def test_metrics_intervals_and_other_names():
 
 def test_a_number_goes_forward_in_time_and_other_folds_are_told():
     result = cross_validate(AR(), walks(), 4, board=False)
-    assert len(result) == 4 and (result.splits[result.splits.part == "train"]["last"].to_numpy() < result.splits[result.splits.part == "test"]["first"].to_numpy()).all()
+    train, test = (result.splits[result.splits.part == part] for part in ("train", "test"))
+    assert len(result) == 4 and (train["last"].to_numpy() < test["first"].to_numpy()).all()
     with pytest.warns(UserWarning, match="AR then knows the future"):
         cross_validate(AR(), walks(), BlockedFolds(3, 6, test_ratio=.1, seed=2), board=False)
 
@@ -288,7 +293,8 @@ def test_an_interrupt_keeps_the_folds_that_are_done():
     data, pairs = (np.zeros((80, 1)), np.zeros(80)), [(np.arange(k), np.arange(k, k + 5)) for k in (20, 30, 70, 40)]
     with pytest.warns(RuntimeWarning, match="2 of 4 folds that were done"):
         result = cross_validate(Slow(stop=60), data, pairs, metrics="mae", board=False)
-    assert list(result.index) == [1, 2] and result.view.state == "interrupted" and [f.state for f in result.view.folds] == ["done", "done", "stopped", "waiting"]
+    assert list(result.index) == [1, 2] and result.view.state == "interrupted"
+    assert [f.state for f in result.view.folds] == ["done", "done", "stopped", "waiting"]
     with pytest.raises(KeyboardInterrupt): cross_validate(Slow(stop=1), data, pairs, metrics="mae", board=False)
 
 
@@ -359,8 +365,10 @@ def test_the_display_is_one_and_is_drawn_in_place(monkeypatch):
 
 
 def test_what_cannot_be_is_refused_before_training():
-    for args, kind in (((AR, walks(), 3), TypeError), ((AR(), classes(), 3), TypeError), ((3, classes(), 3), TypeError), ((AR(), walks().drop(columns="y"), 3), ValueError),
-                       ((AR(), walks().drop(columns="unique_id"), 3), ValueError), ((AR(), walks(), TimeSeriesFolds(99)), ValueError), ((recipe, classes(), "kfolds"), ValueError),
+    for args, kind in (((AR, walks(), 3), TypeError), ((AR(), classes(), 3), TypeError), ((3, classes(), 3), TypeError),
+                       ((AR(), walks().drop(columns="y"), 3), ValueError),
+                       ((AR(), walks().drop(columns="unique_id"), 3), ValueError), ((AR(), walks(), TimeSeriesFolds(99)), ValueError),
+                       ((recipe, classes(), "kfolds"), ValueError),
                        ((lambda train: None, classes(), 3), TypeError), ((lambda train, valid: 1, classes(), 3), TypeError)):
         with pytest.raises(kind): cross_validate(*args, board=False)
 

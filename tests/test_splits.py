@@ -33,7 +33,8 @@ def test_the_contract_on_144_months():
     assert all(part.dtype == np.int64 for pair in found for part in pair)
 
 
-@pytest.mark.parametrize("spec", [TimeSeriesFolds(4, test_size=3, gap=2, purge=1), TimeSeriesFolds(3, expanding=False, train_size=8, test_size=4),
+@pytest.mark.parametrize("spec", [TimeSeriesFolds(4, test_size=3, gap=2, purge=1),
+                                  TimeSeriesFolds(3, expanding=False, train_size=8, test_size=4),
                                   TimeSeriesFolds(2, test_size=.1), BlockedFolds(3, 5, purge=1, embargo=1)])
 def test_unsorted_frames_give_the_same_rows(spec):
     frame = months(40, 40, 33)
@@ -71,14 +72,16 @@ def test_what_tells_no_time_is_refused_with_the_way_out(wrong, words):
     with pytest.raises(ValueError, match=words): list(TimeSeriesFolds(2, test_size=2).split(wrong(months(20))))
 
 
-@pytest.mark.parametrize("settings", [{"test_size": 0}, {"test_size": 1.0}, {"test_size": 0.0}, {"test_size": -3}, {"test_size": True}, {"test_size": 1.5},
+@pytest.mark.parametrize("settings", [{"test_size": 0}, {"test_size": 1.0}, {"test_size": 0.0}, {"test_size": -3}, {"test_size": True},
+                                      {"test_size": 1.5},
                                       {"test_size": "12"}, {"n_splits": 0}, {"n_splits": 2.5}, {"gap": -1}, {"purge": 1.5}, {"step": 0},
                                       {"train_size": 0, "expanding": False}, {"embargo": -1}])
 def test_settings_without_sense_are_refused_at_once(settings):
     with pytest.raises(ValueError, match=next(iter(settings))): TimeSeriesFolds(**settings)
 
 
-@pytest.mark.parametrize("spec", [TimeSeriesFolds(2, test_size=5, gap=100), TimeSeriesFolds(10, test_size=5), TimeSeriesFolds(1, test_size=40),
+@pytest.mark.parametrize("spec", [TimeSeriesFolds(2, test_size=5, gap=100), TimeSeriesFolds(10, test_size=5),
+                                  TimeSeriesFolds(1, test_size=40),
                                   TimeSeriesFolds(2, test_size=5, expanding=False, train_size=35), TimeSeriesFolds(50)])
 def test_too_few_time_steps(spec):
     with pytest.raises(ValueError, match="there are 40") as error: list(spec.split(months(40)))
@@ -116,8 +119,9 @@ def test_settings_without_effect_warn():
 @pytest.mark.parametrize("n", [17, 50, 101])
 def test_like_scikit_learn(n):
     X = np.zeros(n)
-    for theirs, mine in ((TimeSeriesSplit(4), TimeSeriesFolds(4)), (TimeSeriesSplit(3, test_size=2, gap=1), TimeSeriesFolds(3, test_size=2, gap=1)),
-                         (TimeSeriesSplit(2, test_size=3, max_train_size=5), TimeSeriesFolds(2, test_size=3, expanding=False, train_size=5))):
+    sliding = TimeSeriesFolds(2, test_size=3, expanding=False, train_size=5)
+    for theirs, mine in ((TimeSeriesSplit(4), TimeSeriesFolds(4)), (TimeSeriesSplit(2, test_size=3, max_train_size=5), sliding),
+                         (TimeSeriesSplit(3, test_size=2, gap=1), TimeSeriesFolds(3, test_size=2, gap=1))):
         for one, other in zip(theirs.split(X), mine.split(X), strict=True):
             assert [part.tolist() for part in one] == [part.tolist() for part in other]
 
@@ -176,7 +180,8 @@ def test_whatever_makes_folds():
     X, y = np.zeros((24, 2)), np.tile([0, 1], 12)
     class Own:
         def split(self, data): yield np.arange(20), np.arange(20, 24)
-    for spec, count in ((4, 4), (np.int64(3), 3), ("kfold", 5), (("kfold", {"n_splits": 6}), 6), ("stratified", 5), (KFold(2), 2), (Own(), 1),
+    for spec, count in ((4, 4), (np.int64(3), 3), ("kfold", 5), (("kfold", {"n_splits": 6}), 6), ("stratified", 5), (KFold(2), 2),
+                        (Own(), 1),
                         (lambda data: [(np.arange(9), np.arange(9, 24))], 1), ([([0, 1], [2]), ([1], [0])], 2), (TimeSeriesFolds(3), 3),
                         (("time", {"n_splits": 2}), 2), (("blocked", {"block_size": 4}), 5)):
         assert len(list(folds(spec).split((X, y)))) == count
@@ -218,7 +223,8 @@ def test_lanes_are_the_rows():
     for runs, (train, test) in zip(lanes_of(timeline(frame), spec.split(frame)).lanes, spec.split(frame)):
         assert [run.part for run in runs] == ["train", "out", "test"]
         at = timeline(frame).at
-        assert (runs[0].first, runs[0].stop - 1) == (at[train].min(), at[train].max()) and (runs[2].first, runs[2].stop - 1) == (at[test].min(), at[test].max())
+        assert (runs[0].first, runs[0].stop - 1) == (at[train].min(), at[train].max())
+        assert (runs[2].first, runs[2].stop - 1) == (at[test].min(), at[test].max())
 
 
 def test_many_runs_are_binned_and_many_lanes_are_cut():
