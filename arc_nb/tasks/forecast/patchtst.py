@@ -140,7 +140,7 @@ def patches_picture(
     parts: Tensor,  # (patches,) what is taken from each
     patches: Patches,
     title: str = "",
-    unit: str = "step",  # what a step is
+    unit: str = "steps before the forecast",
     width: int = 720,  # pixels
     theme: str = "light",  # "light", "dark" or "auto"
 ) -> str:
@@ -151,15 +151,14 @@ def patches_picture(
     line = draw(Line("y", np.arange(-n, 0) + 0.5, y.numpy(), "a"), x, Axis(*extent([y.numpy()]), box.bottom, box.top))
     bars, bottom, (least, most) = [], box.bottom + 14 + 24 * rows, (float(parts.min()), float(parts.max()))
     for k, part in enumerate(parts.tolist()):
-        left, right = x(np.array([k * patches.stride - n, k * patches.stride + patches.patch_len - n])).tolist()
-        top = box.bottom + 14 + 24 * (k % rows)
-        full = 0.06 + 0.6 * (part - least) / ((most - least) or 1.)
+        left, right = x(k * patches.stride - n + np.array([0, patches.patch_len])).tolist()
+        top, full = box.bottom + 14 + 24 * (k % rows), 0.06 + 0.6 * (part - least) / ((most - least) or 1.)
         bars += [tag("rect", x=left + 1, y=top, width=right - left - 2, height=20, rx=4, fill="@train", fill_opacity=f"{full:.2f}"),
                  words((left + right) / 2, top + 14, f"{100 * part:.0f}", "fg", 10.5, "middle")]
     at = np.linspace(-n, 0, 5)
-    below = [words(float(p), bottom + 18, f"{v:.0f}".replace("-", "−"), anchor="middle") for v, p in zip(at, x(at))]
-    told = words(box.left - 8, box.bottom + 28, "taken, %", anchor="end", size=10.5) + words(float(x(np.array(0.))), bottom + 36, unit, anchor="middle")
-    return picture(width, bottom + 46, words(16, 25, title, "fg", 13, weight=600), line, *bars, *below, told,
+    below = [words(p, bottom + 18, f"{v:.0f}".replace("-", "−"), anchor="middle") for v, p in zip(at, x(at).tolist())]
+    told = [words(box.left - 8, box.bottom + 28, "taken, %", anchor="end", size=10.5), words(box.right, bottom + 36, unit, anchor="end")]
+    return picture(width, bottom + 46, words(16, 25, title, "fg", 13, weight=600), line, *bars, *below, *told,
                    label=f"{title or 'patches'}: {len(parts)} patches of {patches.patch_len} values", theme=theme)
 
 # %% ../../../nbs/tasks/83j_patchtst.ipynb #3921ea7d
