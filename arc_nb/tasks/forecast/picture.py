@@ -97,6 +97,7 @@ def _names(one: Shown, roles: dict[str, str], y: Axis, area: Box) -> str:
     texts: list[tuple[float, str, str, int | None]] = [(float(y(a.y[-1])), cut(a.model, 16), roles[a.model], 600) for a in latest.values()]
     texts += [(float(y(a.bands[v][1][-1])), f"{v:g}%", roles[a.model], None) for a in latest.values() for v in a.bands]
     if len(one.actual[1]): texts.append((float(y(one.actual[1][-1])), "actual", "fg", None))
+    texts = [t for t in texts if np.isfinite(t[0])]
     places = spread([t[0] for t in texts], 14.5, area.top + 4, area.bottom - 4)
     hair = {"fill": "none", "stroke_width": .8, "stroke_opacity": "0.65"}
     lead = lambda at, p, ink: tag("path", d=f"M{area.right + 3:.1f},{at:.1f} l4,0 L{area.right + 16:.1f},{p:.1f}", stroke=f"@{ink}", **hair)

@@ -125,8 +125,8 @@ def _one(name: Any, past: "pd.DataFrame", ahead: "pd.DataFrame", true: "pd.DataF
     at, value = _sorted(true["ds"], true["y"])
     if len(groups) == 1:
         first = min(p.x[0] for p in pieces)
-        known = np.isfinite(value)
-        at, value = (at[known], value[known]) if known.any() else (x[x >= first], y[x >= first])
+        if not np.isfinite(value).any(): at, value = x[x >= first], y[x >= first]
+        at, value = at[np.isfinite(value)], value[np.isfinite(value)]
         x, y = x[x < first], y[x < first]
     else: at, value = x[:0], y[:0]
     gaps = np.diff(pieces[0].x if len(pieces[0].x) > 1 else x)
