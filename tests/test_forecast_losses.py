@@ -394,6 +394,13 @@ def test_scaled_scores_by_series_and_together():
     assert score(frame.rename(columns={"unique_id": "shop", "y": "sold"}), id="shop", target="sold", models=["B"]).index.tolist() == ["B"]
 
 
+def test_scores_of_many_series_fit_into_memory():
+    frame = pd.DataFrame({"unique_id": np.arange(50_000), "ds": 1, "y": 1.0, "A": np.arange(50_000) % 3})
+    train = pd.concat([frame.assign(ds=-1, y=0.0), frame.assign(ds=0, y=2.0)])
+    table = score(frame, train, by="unique_id")
+    assert len(table) == 50_000 and table.rmsse.iloc[:4].tolist() == [0.5, 0.0, 0.5, 0.5] == table.mase.iloc[:4].tolist()
+
+
 def test_scores_refuse_what_they_cannot_score():
     frame, train = forecasts()
     for call, says in [(lambda: score(frame.drop(columns="y")), "no column is called 'y'"),

@@ -248,17 +248,17 @@ def grouped(values: dict[str, np.ndarray], groups: np.ndarray, series: np.ndarra
         if name != "rmsse": found[name] = np.sqrt(means(each, groups, number)) if name == "rmse" else means(each, groups, number)
         else:
             width = int(series.max()) + 1
-            roots = np.sqrt(means(each, groups * width + series, number * width))
-            found[name] = means(roots, np.repeat(np.arange(number), width), number)
+            pairs, at = np.unique(groups * width + series, return_inverse=True) # of group and series, those that there are
+            found[name] = means(np.sqrt(means(each, at, len(pairs))), pairs // width, number)
     return found
 
 def row_scales(frame: "pd.DataFrame", train: Any, season_length: int, id: str, time: str, target: str) -> dict[str, np.ndarray]:
     "The scales of each row's series; ValueError for a series without history, a warning for those without a scale"
-    scales = seasonal_scales(train, season_length, id, time, target)
-    names = frame[id].unique()
-    new = [name for name in names if name not in scales.index]
-    if new: raise ValueError(f"train has no history of {len(new)} of {len(names)} series, such as {new[0]!r}: mase and rmsse need it.")
-    none = [name for name in names if not np.isfinite(scales.absolute[name])]
-    if none: warn(f"mase and rmsse leave out {len(none)} of {len(names)} series, such as {none[0]!r}: their history is no longer than "
-                  f"season_length={season_length}, or repeats itself exactly")
+    scales, names = seasonal_scales(train, season_length, id, time, target), frame[id].drop_duplicates()
+    new = names[~names.isin(scales.index)]
+    if len(new): raise ValueError(f"mase and rmsse: train has no history of {len(new)} of {len(names)} series, such as {new.iloc[0]!r}.")
+    none = names[scales.absolute.reindex(names).isna().to_numpy()]
+    if len(none):
+        warn(f"mase and rmsse leave out {len(none)} of {len(names)} series, such as {none.iloc[0]!r}: their history is no longer than "
+             f"season_length={season_length}, or repeats itself exactly")
     return {name: frame[id].map(scales[name]).to_numpy(float) for name in ("absolute", "squared")}
