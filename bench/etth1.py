@@ -49,8 +49,8 @@ MODELS = {
                               valid_every=200, patch_len=16, stride=8, hidden_size=16, heads=4, layers=3, ff_size=128, dropout=0.3,
                               seed=seed, **QUIET),
         "yuqinie98/PatchTST, PatchTST_supervised/scripts/PatchTST/etth1.sh: input 336, patches of 16 every 8, 3 layers of 16 numbers and 4 "
-        "heads, dropout 0.3. On one CPU core, so with fewer steps: 800 of 128 windows of one column, where the paper has up to 100 epochs of "
-        "64 steps of 128 windows of 7 columns; the rate is therefore 0.002 in one cycle, not 0.0001; one seed",
+        "heads, dropout 0.3. On one CPU core, so with fewer steps: 800 of 128 windows of one column, where the paper has up to 100 epochs "
+        "of 64 steps of 128 windows of 7 columns; the rate is therefore 0.002 in one cycle, not 0.0001; one seed",
         (0.375, 0.399), "Nie et al. 2023, table 3 (PatchTST/42)"),
 }
 SEEDS = {"PatchTST": (0,)}  # where three take too long without a GPU
