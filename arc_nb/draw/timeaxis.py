@@ -8,7 +8,7 @@ Docs: https://arc-nb.github.io/arc_nb/draw/timeaxis.html.md"""
 __all__ = ['to_numbers', 'to_dates', 'is_dated', 'Mark', 'time_marks', 'moment', 'time_grid', 'Dated']
 
 # %% ../../nbs/draw/24d_timeaxis.ipynb #25310e3c
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -154,3 +154,8 @@ class Dated(Curves):
         x, y, area = self.axes(Box(box.left, box.top, box.right, box.bottom - 14), top)
         pens = "".join(draw(l, x, y) for l in sorted(self.lines, key=lambda l: l.role != "ghost"))
         return heading(self.title, self.note, box) + names + time_grid(x, y, area, self.dated) + pens + marked(self.marks, x, y)
+
+    def curves(self) -> Curves:
+        """The same with dates in the place of seconds: for a figure to zoom into."""
+        lines = [replace(l, x=to_dates(l.x) if self.dated else l.x) for l in self.lines]
+        return Curves(self.title, lines, self.note, self.x_label, self.y_label, y_range=self.y_range)

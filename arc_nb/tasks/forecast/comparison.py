@@ -60,13 +60,20 @@ class DieboldMariano:
 
     def picture(self, theme: str = "auto", width: int = 780) -> str:
         """The difference, added up over time: a line that falls where the first is better; SVG text."""
+        facts = [("statistic", f"{self.statistic:.2f}"), ("p value", f"{self.p_value:.3g}"), ("forecasts", f"{len(self.each):,}")]
+        return sheet([[self._panel()]], "", "", facts, theme, width)
+
+    def figure(self, theme: str = "light") -> Any:
+        """The same line as a plotly figure."""
+        from arc_nb.draw.figures import figure
+        return figure(self._panel().curves(), theme)
+
+    def _panel(self) -> Dated:
         at = np.arange(len(self.each)) if self.when is None else self.when
         x, y = to_numbers(at), np.cumsum(self.each)
         lines = [Line("", x[[0, -1]], np.zeros(2), "ghost"), Line("", x, y, "train", end=True)]
         note = f"falls where {self.names[0]} is better, rises where {self.names[1]} is"
-        panel = Dated(f"Loss of {self.names[0]} − {self.names[1]}, added up", lines, note, dated=is_dated(at))
-        facts = [("statistic", f"{self.statistic:.2f}"), ("p value", f"{self.p_value:.3g}"), ("forecasts", f"{len(self.each):,}")]
-        return sheet([[panel]], "", "", facts, theme, width)
+        return Dated(f"Loss of {self.names[0]} − {self.names[1]}, added up", lines, note, dated=is_dated(at))
 
     def _repr_svg_(self) -> str: return self.picture()
 

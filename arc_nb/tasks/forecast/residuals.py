@@ -154,6 +154,13 @@ class Residuals:
         return sheet(_panels(self), f"Errors of {self.model}", f"{len(self.errors):,} errors, one step ahead" if self._single else
                      f"{len(self.errors):,} errors", _facts(self), theme, width)
 
+    def figure(self, which: str = "over time", theme: str = "light") -> Any:
+        """One panel as a plotly figure: over time, distribution, autocorrelation, by step or quantiles. ValueError for another name."""
+        from arc_nb.draw.figures import figure
+        panels: dict[str, Any] = {p.title.lower(): p for row in _panels(self) for p in row}
+        if which not in panels: raise unknown("panel", which, panels)
+        return figure(panels[which].curves() if isinstance(panels[which], (Dated, Steps)) else panels[which], theme)
+
     @property
     def _single(self) -> bool: return bool((self.errors["step"] == 1).all())
 
