@@ -178,7 +178,7 @@ def _run(way: Way, pairs: list[Any], shown: Shown, data: Any, seed: int, jobs: i
     view, found = shown.view, dict[int, Outcome]()
     def hear(number: int, news: dict[str, Any]) -> None:
         view.folds[number - 1].hear(news)
-        shown.refresh()
+        shown.refresh(force="state" in news)
     with _ending(shown, found, len(pairs)):
         shown.refresh(force=True)
         for number, outcome in run_folds(way, pairs, seed, hear, jobs):

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..draw.panels import Curves, heading
+from ..draw.panels import heading
 from ..draw.still import BoardView, fact_line, header, note
-from ..draw.svg import Axis, Box, Line, cut, draw, duration, extent, legend, number, picture, tag, words
+from ..draw.svg import Axis, Box, Line, can_log, cut, draw, duration, extent, legend, number, picture, plot, tag, words
 from ..draw.timeaxis import time_grid, to_numbers
 from .lanes import BAR, PITCH, SHOWN, Lanes, Run, key, lane
 from .measures import model_columns
@@ -153,10 +153,11 @@ def scores_of(
     measures: Sequence[str],
     right: float,  # pixels
     y: float,      # the base line
+    alive: bool = True,  # whether there is more to come
 ) -> str:
     """The numbers of a fold in their columns, or a word instead."""
     if fold.state != "done":
-        said, ink = _SAID[fold.state]
+        said, ink = _SAID[fold.state] if alive or fold.state != "waiting" else ("not run", "faint")
         return words(right, y, cut(fold.where or said, 30) if fold.state == "running" else said, ink, 11.5, "end")
     at = [right - COLUMN * (len(measures) - 1 - k) for k in range(len(measures))]
     return "".join(words(p, y, number(fold.scores.get(name, math.nan)), "fg", 12, "end") for p, name in zip(at, measures))
@@ -180,7 +181,7 @@ def lanes_part(
     for k, fold in enumerate(shown):
         y = box.top + PITCH * k
         out += [words(box.left - 12, y + BAR - 2.5, f"fold {fold.number}", size=11.5, anchor="end"),
-                lane(fold.runs, edges, x, y, None if fold.state == "done" else "0.3"), scores_of(fold, measures, right, y + BAR - 2)]
+                lane(fold.runs, edges, x, y, None if fold.state == "done" else "0.3"), scores_of(fold, measures, right, y + BAR - 2, view.state == "training")]
         if fold.state == "running" and fold.part: out.append(lane(filled(fold.runs, fold.part), edges, x, y))
     if view.finished(): out.append(means(view, measures, right, box.bottom))
     return "".join(out), box.bottom + 40
@@ -229,6 +230,7 @@ def _outline(x: Axis, y: Axis, part: "pd.DataFrame") -> str:
     corners = [*zip(at, y(part["hi"].to_numpy())), *zip(at[::-1], y(part["lo"].to_numpy())[::-1])]
     return " ".join(f"{a:.1f},{b:.1f}" for a, b in corners if math.isfinite(a + b))
 
+# %% ../../nbs/study/85e_foldview.ipynb #c111e09f
 def losses_part(
     folds: Sequence[FoldState],
     box: Box,
@@ -239,7 +241,9 @@ def losses_part(
     if not found: return later("Loss", "when the first fold trains", box)
     inks = ["abcdef"[fold.number - 1] if few else "train" if fold is found[-1] else "ghost" for fold in found]
     lines = [Line(str(fold.number) if few else "", fold.x, fold.y, ink, end=fold.state == "running") for fold, ink in zip(found, inks)]
-    return Curves(found[-1].what.capitalize(), lines, "by fold", x_label="step").draw(box)
+    area = Box(box.left + 48, box.top + 42, box.right - 8, box.bottom - 40)
+    curves = plot(lines, area, log=True, x_label="step")
+    return heading(found[-1].what.capitalize(), "log" if can_log(lines) else "", box) + legend(lines, box.right - 8, box.top + 31) + curves
 
 def folds_board(
     view: FoldsView,

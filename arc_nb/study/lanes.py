@@ -82,7 +82,7 @@ def lane(
     out = [tag("line", x1=left, x2=right, y1=top + BAR / 2, y2=top + BAR / 2, stroke="@line")]
     for part, first, stop, share in runs:
         start, wide = float(at[first]), max(0.6, float(at[stop] - at[first]))
-        place = {"x": start, "width": wide, "opacity": strong}
+        place = {"x": start, "width": wide, "opacity": strong, "shape_rendering": "crispEdges"}  # no seams between neighbours
         cut = BAR * (share if part == "mixed" else 0)
         if strong: out.append(tag("rect", x=start, width=wide, y=top, height=BAR, fill="@bg"))  # the line does not shine through
         if part == "out":

@@ -98,7 +98,8 @@ class Hearing(Callback):
         split = "valid" if trainer.validates and (status.epochs or 0) >= FEW else "train"
         x, y = means(*trainer.history.series(split, "loss"))
         part = min(1.0, (status.step - status.start) / max(1, status.steps - status.start)) if status.steps else None
-        where = f"epoch {max(1, status.epoch)}" + (f" of {status.epochs}" if status.epochs else "")
+        where = f"epoch {max(1, status.epoch)} of {status.epochs}" if status.epochs else f"step {status.step:,}" + (
+            f" of {status.steps:,}" if status.steps else "")
         self.hear({"x": x.tolist(), "y": y.tolist(), "what": f"{split} loss", "part": part, "where": where})
 
 # %% ../../nbs/study/85c_ways.ipynb #6c172982
