@@ -272,3 +272,20 @@ def test_scores_and_pictures_of_a_backtest():
 ])
 def test_errors_say_what_to_do(call, words):
     with pytest.raises(ValueError, match=re.escape(words)): call()
+
+
+def test_one_series_does_not_spoil_the_digits_of_another():
+    data = synthetic(series=3, steps=60, seed=2)
+    huge = data.assign(y=data.y.where(data.unique_id != "s0", data.y * 1e9))
+    for model in BASELINES:
+        small, beside = (model.clone().fit(frame).predict().query("unique_id != 's0'") for frame in (data, huge))
+        pd.testing.assert_frame_equal(small, beside, rtol=1e-12)
+
+
+def test_figures_have_dates_and_follow_the_theme():
+    found = backtest([SeasonalNaive(12, 12), Naive(12)], AIR, windows=30, step=2)
+    report = found.residuals("Naive")
+    for which in ("over time", "distribution", "autocorrelation", "by step"):
+        for theme in ("light", "dark"): assert report.figure(which, theme).data
+    for drawn in (report.figure(), found.compare("Naive")[0].figure()): assert np.issubdtype(drawn.data[1].x.dtype, np.datetime64)
+    with pytest.raises(ValueError, match="over time"): report.figure("overtime")
