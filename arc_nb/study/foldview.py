@@ -181,7 +181,8 @@ def lanes_part(
     for k, fold in enumerate(shown):
         y = box.top + PITCH * k
         out += [words(box.left - 12, y + BAR - 2.5, f"fold {fold.number}", size=11.5, anchor="end"),
-                lane(fold.runs, edges, x, y, None if fold.state == "done" else "0.3"), scores_of(fold, measures, right, y + BAR - 2, view.state == "training")]
+                lane(fold.runs, edges, x, y, None if fold.state == "done" else "0.3"),
+                scores_of(fold, measures, right, y + BAR - 2, view.state == "training")]
         if fold.state == "running" and fold.part: out.append(lane(filled(fold.runs, fold.part), edges, x, y))
     if view.finished(): out.append(means(view, measures, right, box.bottom))
     return "".join(out), box.bottom + 40
