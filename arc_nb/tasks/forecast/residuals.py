@@ -207,7 +207,8 @@ def _spread(e: np.ndarray, fitted: np.ndarray, alpha: float) -> Finding:
     stat, p, slope = breusch_pagan(e, fitted)
     if p >= alpha: return Finding("equal spread", stat, p, True, f"errors are as large at low as at high forecasts ({_p(p)}).")
     says = f"errors grow as the forecasts get {'larger' if slope > 0 else 'smaller'} ({_p(p)})"
-    return Finding("equal spread", stat, p, False, f"{says}: try the logarithm of y, or a loss in per cent.")
+    more = "the logarithm of y, or a loss in per cent" if slope > 0 else "quantiles or a likelihood with a spread of its own at each step"
+    return Finding("equal spread", stat, p, False, f"{says}: try {more}.")
 
 def _p(p: float) -> str: return "p < 0.001" if p < .001 else f"p = {p:.3f}" if p < .1 else f"p = {p:.2f}"
 
