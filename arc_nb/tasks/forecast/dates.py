@@ -240,7 +240,9 @@ def _parsed(column: "pd.Series") -> "pd.Series":
         raise TypeError("holds numbers as objects: give dates (pd.to_datetime), or whole numbers that count steps (.astype(int))")
     try: found = pd.to_datetime(column, format="ISO8601", errors="coerce")
     except (ValueError, TypeError) as error: raise TypeError(f"holds dates that do not go together ({error}): {way}") from error
-    if not pd.api.types.is_datetime64_any_dtype(found.dtype): raise TypeError(f"holds several time zones: {way}")
+    bad = column[found.isna() & column.notna()]
+    mixed = not pd.api.types.is_datetime64_any_dtype(found.dtype) or (len(bad) and hasattr(bad.iloc[0], "tzinfo"))
+    if mixed: raise TypeError(f"holds several time zones: {way}")
     return found
 
 # %% ../../../nbs/tasks/82b_dates.ipynb #b9ea849a

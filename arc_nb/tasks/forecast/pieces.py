@@ -177,6 +177,7 @@ class Inputs(Keyed):
         self.panel, self.input_size, self.horizon = panel, whole_number("input_size", input_size), whole_number("horizon", horizon)
         self.series = np.arange(len(panel)) if series is None else np.asarray(series, np.int64)
         steps = panel.lengths[self.series] if cuts is None else np.asarray(cuts, np.int64)
+        if len(steps) != len(self.series): raise ValueError(f"{len(steps)} cuts for {len(self.series)} series: give one for each")
         self.cut = panel.offsets[self.series] + steps
         self.scales, _ = _checked(panel, scales, None)
         self.future = future
@@ -184,7 +185,6 @@ class Inputs(Keyed):
 
     def _check(self, steps: np.ndarray) -> None:
         lengths = self.panel.lengths[self.series]
-        if len(steps) != len(self.series): raise ValueError(f"{len(steps)} cuts for {len(self.series)} series: give one for each")
         if (steps > lengths).any() or (steps < self.input_size).any():
             at = int(np.argmax((steps > lengths) | (steps < self.input_size)))
             raise ValueError(f"series {plain(self.panel.index[int(self.series[at])])!r} has {lengths[at]} steps, and a forecast after "

@@ -85,7 +85,8 @@ def _sizes(y: np.ndarray, rows: np.ndarray, counts: np.ndarray, kind: str) -> tu
     mean = np.add.reduceat(y, first) / counts
     spread = np.sqrt(np.add.reduceat((y - mean[rows]) ** 2, first) / counts)
     if kind == "standard": return mean, spread, largest
-    ordered = y[np.lexsort((y, rows))]
+    same = counts.min() == counts.max()  # series of one length are the rows of a table
+    ordered = np.sort(y.reshape(len(counts), -1), 1).ravel() if same else y[np.lexsort((y, rows))]
     def at(share: float) -> np.ndarray:
         place = share * (counts - 1)
         low = place.astype(np.int64)
