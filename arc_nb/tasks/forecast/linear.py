@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from .forecaster import Forecaster
 from .mlp import whole
 from .network import Sizes, Window
+from .parts import InParts
 
 # %% ../../../nbs/tasks/83c_linear.ipynb #40c4192f
 KERNEL = 25  # steps of the moving average (Zeng et al. 2023, appendix; Wu et al. 2021, Autoformer)
@@ -112,7 +113,7 @@ class NLinearNetwork(nn.Module):
         return found.unflatten(-1, (self.sizes.horizon, self.sizes.outputs)) + self.level(window.y)
 
 # %% ../../../nbs/tasks/83c_linear.ipynb #79a44dad
-class DLinear(Forecaster, network=DLinearNetwork):
+class DLinear(InParts, network=DLinearNetwork):
     """Trend and remainder of the window, a matrix each (Zeng et al. 2023)."""
 
 class NLinear(Forecaster, network=NLinearNetwork):

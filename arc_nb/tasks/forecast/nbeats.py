@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ...engine.lookup import unknown
-from .forecaster import Forecaster
 from .mlp import hidden, whole
 from .network import Sizes, Window
+from .parts import InParts
 
 # %% ../../../nbs/tasks/83d_nbeats.ipynb #968346bf
 def polynomials(
@@ -141,5 +141,5 @@ class NBEATSNetwork(nn.Module):
         return sum(others, first)
 
 # %% ../../../nbs/tasks/83d_nbeats.ipynb #7982f343
-class NBEATS(Forecaster, network=NBEATSNetwork):
+class NBEATS(InParts, network=NBEATSNetwork):
     """Doubly residual stacks: trend, seasonality and what is left (Oreshkin et al. 2020)."""

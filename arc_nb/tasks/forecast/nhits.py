@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...engine.lookup import unknown
-from .forecaster import Forecaster
 from .linear import Level
 from .mlp import hidden, whole
 from .nbeats import counted
 from .network import Sizes, Window
+from .parts import InParts
 
 # %% ../../../nbs/tasks/83e_nhits.ipynb #88a6a2bb
 INTERPOLATIONS = {"nearest": "nearest", "linear": "bilinear", "cubic": "bicubic"}  # as PyTorch names them for two dimensions
@@ -148,5 +148,5 @@ class NHITSNetwork(nn.Module):
         return sum(others, first)
 
 # %% ../../../nbs/tasks/83e_nhits.ipynb #f2516c02
-class NHITS(Forecaster, network=NHITSNetwork):
+class NHITS(InParts, network=NHITSNetwork):
     """Stacks at different rates, from slow to quick (Challu et al. 2023)."""
