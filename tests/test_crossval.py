@@ -192,9 +192,11 @@ def test_columns_known_ahead_reach_the_model():
         future = ("price",)
         def predict(self, frame, future): seen.append(future); return AR.predict(self, frame)
     frame = walks().assign(price=1.0, weather=2.0)
-    cross_validate(Ahead(), frame, TimeSeriesFolds(1, test_size=3, gap=1), board=False)
-    assert list(seen[0]) == ["unique_id", "ds", "price"] and len(seen[0]) == 9
-    assert seen[0].ds.min() == frame.ds.unique()[-3]
+    cross_validate(Ahead(), frame, TimeSeriesFolds(1, test_size=6, gap=1), board=False)
+    assert list(seen[0]) == ["unique_id", "ds", "price"] and len(seen[0]) == 18
+    assert seen[0].ds.min() == frame.ds.unique()[-6]
+    with pytest.raises(ValueError, match="fold 1: Ahead forecasts 6 steps from .* the data end 3 steps too early: take test_size=6"):
+        cross_validate(Ahead(), frame, TimeSeriesFolds(1, test_size=3), board=False)
 
 
 # --- Recipes and estimators ------------------------------------------------------------------------------------------

@@ -119,9 +119,10 @@ def folds_for(
     groups: Any,
     seed: int,
 ) -> Folds:
-    """The folds; whole numbers forward in time, where the model forecasts."""
+    """The folds; whole numbers are folds forward in time where the model forecasts, each as long as its horizon."""
     forecasts = isinstance(data, pd.DataFrame) and "ds" in data and hasattr(model, "fit") and "y" not in _fit_names(model)
-    if forecasts and isinstance(spec, (int, np.integer)) and not isinstance(spec, bool): return TimeSeriesFolds(int(spec))
+    if forecasts and isinstance(spec, (int, np.integer)) and not isinstance(spec, bool):
+        return TimeSeriesFolds(int(spec), test_size=getattr(model, "horizon", None))
     return make_folds(spec, target=target, groups=groups, seed=seed)
 
 def _fit_names(model: Any) -> set[str]:
@@ -132,8 +133,9 @@ def check_order(
     way: Way,
     pairs: list[tuple[np.ndarray, np.ndarray]],
 ) -> None:
-    """Warns where a forecaster would be trained on the future of its test."""
+    """Warns where a forecaster would be trained on the future of its test; ValueError where columns that are known ahead end too early."""
     if not isinstance(way, Forecaster): return
+    for number, (_, test) in enumerate(pairs, 1): way.check_ahead(number, test)
     late = [k for k, (train, test) in enumerate(pairs, 1) if way.line.at[train].max() > way.line.at[test].min()]
     if late: warn(f"fold {late[0]} trains on rows that come after its test: {way.name} then knows the future, and these scores are not "
                   "those of forecasts. TimeSeriesFolds go forward in time")

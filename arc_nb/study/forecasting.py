@@ -51,6 +51,16 @@ class Forecaster(Way):
         """Rows by series and time."""
         return self.data.iloc[positions[np.argsort(self.place[positions])]]
 
+    def check_ahead(self, number: int, test: np.ndarray) -> None:
+        """ValueError where the model needs columns known ahead for longer than the data have them."""
+        horizon, names = getattr(self.model, "horizon", None), getattr(self.model, "future", ())
+        if not horizon or not names or "future" not in parameters(self.model.predict): return
+        first = int(origins(np.unique(self.line.at[test]), horizon)[-1][0])
+        short = first + horizon - self.line.steps
+        if short > 0: raise ValueError(f"fold {number}: {self.name} forecasts {horizon} steps from {self.line.times[first]} on and needs "
+                                       f"{', '.join(map(str, names))} for all of them, and the data end {short} steps too early: "
+                                       f"take test_size={horizon}, or a multiple of it")
+
     def score(self, train: np.ndarray, test: np.ndarray, hear: Hear) -> tuple[dict[str, float], Any, str]:
         model, hearing = fresh(self.model), Hearing(hear)
         extra = {"board": False, "run": False, **self.fit, "callbacks": [*self.fit.get("callbacks", ()), hearing]}
