@@ -207,8 +207,8 @@ class Panel(Measured):
         like: Layout | None = None,  # of another panel: reads the frame as that one was read; nothing else is said then
     ) -> "Panel":
         """The series of a long frame. ValueError or TypeError, with the series' name, for all that is not regular or has no place."""
-        said = Layout(freq, _names(future), None if past is None else _names(past), _names(static), fill, duplicates, sort, _names(calendar),
-                      id, time, target)
+        said = Layout(freq, _names(future), None if past is None else _names(past), _names(static), fill, duplicates, sort,
+                      _names(calendar), id, time, target)
         if like is not None and said != Layout():
             raise ValueError("like= says how the frame is read: leave the other options out, static_frame aside")
         found = (like or said).parts(frame, static_frame)
