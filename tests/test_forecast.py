@@ -166,6 +166,6 @@ def test_weights_of_time_change_what_is_learned():
 def test_validation_is_the_end_and_training_never_sees_it():
     frame = air_passengers()
     spoiled = frame.assign(y=np.where(np.arange(144) >= 132, 1e6, frame["y"]))
-    how = dict(horizon=12, input_size=24, max_steps=10, restore_best=False, **QUIET)
+    how = dict(horizon=12, input_size=24, max_steps=10, val_size=12, restore_best=False, **QUIET)
     one, other = MLP(**how).fit(frame), MLP(**how).fit(spoiled)
     assert all(torch.equal(a, b) for a, b in zip(one.model.state_dict().values(), other.model.state_dict().values()))
