@@ -211,10 +211,9 @@ class Panel(Measured):
                       _names(calendar), id, time, target)
         if like is not None and said != Layout():
             raise ValueError("like= says how the frame is read: leave the other options out, static_frame aside")
-        found = (like or said).parts(frame, static_frame)
-        grid, layout = found.grid, found.layout
-        return Panel(found.rows.ids, grid.offsets, grid.columns[layout.target].astype(np.float32), grid.first, found.columns, found.static,
-                     layout, found.static_names, grid.counts)
+        of = (like or said).parts(frame, static_frame)
+        y = of.grid.columns[of.layout.target].astype(np.float32)
+        return Panel(of.rows.ids, of.grid.offsets, y, of.grid.first, of.columns, of.static, of.layout, of.static_names, of.grid.counts)
 
     def frame(self) -> "pd.DataFrame":
         """The panel as a long frame, with the columns of past and future; the calendar and static columns are left out."""

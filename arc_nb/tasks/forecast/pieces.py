@@ -209,20 +209,21 @@ class Inputs(Keyed):
         """(y (B, L), past (B, L, P + F), future (B, h, F), static (B, K), level (B, 2) or (B, 0))."""
         series, cut = self.where(rows)
         y = windows(self.panel.y, cut - self.input_size, self.input_size)
-        return (y, *_inputs(self.panel, self.scales, series, cut, self.input_size, self._ahead(series, cut)))
-
-    def _ahead(self, series: np.ndarray, cut: np.ndarray) -> Tensor:
-        """(B, h, F): from the panel up to the end of the series, from what is given beyond."""
-        at, end = cut[:, None] + np.arange(self.horizon), self.panel.offsets[series + 1][:, None]
-        if not self.panel.future.shape[1]: return torch.empty(len(cut), self.horizon, 0)
-        found = self.panel.future[np.minimum(at, end - 1)]
-        if self.future is not None and (beyond := at >= end).any():
-            found[beyond] = self.future[np.broadcast_to(series[:, None], at.shape)[beyond], (at - end)[beyond]]
-        return torch.from_numpy(found)
+        return (y, *_inputs(self.panel, self.scales, series, cut, self.input_size, _ahead(self, series, cut)))
 
     def __repr__(self) -> str: return f"Inputs({len(self):,} windows of {self.input_size} steps, {len(self.panel):,} series)"
 
 # %% ../../../nbs/tasks/82d_pieces.ipynb #1ecdc37a
+def _ahead(inputs: Inputs, series: np.ndarray, cut: np.ndarray) -> Tensor:
+    """(B, h, F): from the panel up to the end of the series, from what is given beyond."""
+    panel, given = inputs.panel, inputs.future
+    if not panel.future.shape[1]: return torch.empty(len(cut), inputs.horizon, 0)
+    at, end = cut[:, None] + np.arange(inputs.horizon), panel.offsets[series + 1][:, None]
+    found = panel.future[np.minimum(at, end - 1)]
+    if given is not None and (beyond := at >= end).any():
+        found[beyond] = given[np.broadcast_to(series[:, None], at.shape)[beyond], (at - end)[beyond]]
+    return torch.from_numpy(found)
+
 def inputs_at(
     panel: Panel,
     input_size: int,
