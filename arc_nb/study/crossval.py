@@ -79,11 +79,11 @@ class Shown:
         self.view, self.began, self.due, self.handle, self.told = view, time.perf_counter(), 0.0, None, 0
         self.stream = sys.stdout if kind == "text" else sys.stderr
 
-    def refresh(self, force: bool = False) -> None:
-        """Draws again, if it is time."""
+    def refresh(self, force: bool = False, soon: bool = False) -> None:
+        """Draws again, if it is time: after a second, or a fifth of one where a fold begins."""
         self.view.elapsed = time.perf_counter() - self.began
         if self.kind == "text": self._lines()
-        if self.kind != "page" or (time.monotonic() < self.due and not force): return
+        if self.kind != "page" or (time.monotonic() < self.due - 0.8 * soon and not force): return
         self._display()
         self.due = time.monotonic() + 1.0
 
@@ -180,7 +180,7 @@ def _run(way: Way, pairs: list[Any], shown: Shown, data: Any, seed: int, jobs: i
     view, found = shown.view, dict[int, Outcome]()
     def hear(number: int, news: dict[str, Any]) -> None:
         view.folds[number - 1].hear(news)
-        shown.refresh(force="state" in news)
+        shown.refresh(soon="state" in news)
     with _ending(shown, found, len(pairs)):
         shown.refresh(force=True)
         for number, outcome in run_folds(way, pairs, seed, hear, jobs):
