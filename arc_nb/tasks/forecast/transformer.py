@@ -54,13 +54,14 @@ class Layer(nn.Module):
         size: int,
         heads: int,
         wide: int,  # hidden units of the network
-        dropout: float,  # of what is added, and of the attention
+        dropout: float,  # of what is added
+        thin: float,  # dropout of the attention's weights
         looks: bool = False,  # whether it also looks at other tokens
     ):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(size) for _ in range(3 if looks else 2))
-        self.among, self.drop = Attention(size, heads, dropout), nn.Dropout(dropout)
-        self.look = Attention(size, heads, dropout) if looks else None
+        self.among, self.drop = Attention(size, heads, thin), nn.Dropout(dropout)
+        self.look = Attention(size, heads, thin) if looks else None
         self.widen = dense([size, wide, size], "gelu", dropout)
 
     def mixed(self, x: Tensor) -> Tensor:
@@ -104,18 +105,20 @@ class TransformerNetwork(nn.Module):
         encoder_layers: int = 2,
         decoder_layers: int = 1,
         ff_size: int | None = None,  # hidden units of the networks in the layers; None: twice the hidden size
-        dropout: float = 0.1,  # of the attention's weights and of what layers add, in training
+        dropout: float = 0.1,  # of what layers add, in training
+        attention_dropout: float | None = None,  # of the attention's weights; None: as dropout
     ):
         super().__init__()
         check_heads(hidden_size, heads)
         wide, dropout = whole("ff_size", ff_size or 2 * hidden_size), share("dropout", dropout)
+        thin = share("attention_dropout", dropout if attention_dropout is None else attention_dropout)
         self.sizes, self.drop = sizes, nn.Dropout(dropout)
         self.past, self.ahead = nn.Linear(sizes.step, hidden_size), nn.Linear(sizes.ahead, hidden_size) if sizes.ahead else None
         self.start = nn.Parameter(torch.randn(hidden_size) * 0.02)  # what all tokens ahead begin with
         self.register_buffer("waves", places(sizes.input_size + sizes.horizon, hidden_size), persistent=False)
         encoder, decoder = whole("encoder_layers", encoder_layers), whole("decoder_layers", decoder_layers)
-        self.encoder = nn.ModuleList(Layer(hidden_size, heads, wide, dropout) for _ in range(encoder))
-        self.decoder = nn.ModuleList(Layer(hidden_size, heads, wide, dropout, looks=True) for _ in range(decoder))
+        self.encoder = nn.ModuleList(Layer(hidden_size, heads, wide, dropout, thin) for _ in range(encoder))
+        self.decoder = nn.ModuleList(Layer(hidden_size, heads, wide, dropout, thin, looks=True) for _ in range(decoder))
         self.norm, self.last = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
         self.head = nn.Linear(hidden_size, sizes.outputs)
 
