@@ -294,3 +294,25 @@ def test_the_graph_is_traced_for_any_number_of_windows(network):
         program = torch.export.export(Plain(), tuple(window[:4]), dynamic_shapes=[{0: rows}] * 4)
     other = window_for(sizes, 9)
     assert torch.allclose(program.module()(*other[:4]), model(other), atol=1e-5)
+
+
+# ---- as models
+
+def test_parts_of_a_model_add_up():
+    from arc_nb.tasks.forecast import NBEATS, NHITS, DLinear
+    frame = synthetic(series=3, steps=60, columns=True)
+    early = frame.groupby("unique_id").head(54)
+    quick = dict(horizon=6, input_size=12, max_steps=10, board=False, run=False)
+    columns = dict(future=("promo",), static=("region",))
+    exogenous = NBEATS(stacks=("exogenous", "trend", "generic"), **columns, **quick).fit(early)
+    for model, future in ((exogenous, frame), (NHITS(loss="student_t", scale_by="series", **columns, **quick).fit(early), frame),
+                          (DLinear(loss="mse", **quick).fit(early[["unique_id", "ds", "y"]]), None)):
+        found, point = model.parts(future=future), model.predict(future=future)
+        assert (found.iloc[:, :2] == point.iloc[:, :2]).all(axis=None)
+        miss = found.iloc[:, 2:].sum(axis=1) - point[model.name]
+        assert miss.abs().max() < 1e-4 * point[model.name].abs().max()
+        assert "<svg" in model.show_parts(future=future, series="s1").data
+    assert list(model.parts().columns) == ["unique_id", "ds", "base", "trend", "remainder"]
+    with pytest.raises(ValueError, match="has learned nothing"): NHITS(**quick).parts()
+    with pytest.raises(ValueError, match="s9"): model.show_parts(series="s9")
+    with pytest.raises(ValueError, match="columns known ahead"): NBEATS(stacks="exogenous", **quick)

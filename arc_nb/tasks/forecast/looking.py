@@ -56,6 +56,9 @@ def _cells(matrix: np.ndarray, box: Box) -> str:
                          stroke_opacity=f"{abs(level) / SHADES:.3g}"))
     return "".join(paths)
 
+def _numbers(values: Tensor | np.ndarray) -> np.ndarray:
+    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=float)
+
 def map_picture(
     matrix: Tensor | np.ndarray,  # (h, L): row = step ahead, column = step of the past, the newest last
     title: str = "",
@@ -63,7 +66,7 @@ def map_picture(
     theme: str = "light",  # "light", "dark" or "auto"
 ) -> str:
     """The matrix as an SVG map: up is blue, down is orange."""
-    values = np.asarray(torch.as_tensor(matrix).detach().cpu().double())
+    values = _numbers(matrix)
     rows, columns = values.shape
     box = Box(62, 44, width - 22, 44 + min(360, max(120, 16 * rows)))
     at = np.unique(np.linspace(1, columns, min(columns, 9)).round())
@@ -79,8 +82,6 @@ def map_picture(
                    label=f"{title or 'map'}: {rows} steps ahead by {columns} steps of the past", theme=theme)
 
 # %% ../../../nbs/tasks/83a_looking.ipynb #bc076513
-def _numbers(values: Tensor | np.ndarray) -> np.ndarray: return np.asarray(torch.as_tensor(values).detach().cpu().double())
-
 def _strip(line: Line, x: Axis, box: Box) -> str:
     """A part: its name, its line, and the numbers of its height."""
     y = Axis(*extent([np.asarray(line.y)], pad=0.12), box.bottom, box.top)
