@@ -57,7 +57,7 @@ def ask(
     with evaluating(model):
         for number, rows in enumerate(torch.arange(len(inputs)).split(batch_size)):
             there = [t.to(device) for t in inputs.take(rows)]
-            if model.autoregressive: found.append(_drawn(model, loss, there, levels, samples, seed + number))
+            if model.draws: found.append(_drawn(model, loss, there, levels, samples, seed + number))
             else: found.append(_direct(model, loss, there, levels))
     points, quantiles = zip(*found)
     return Answers(np.concatenate(points), None if quantiles[0] is None else np.concatenate([q for q in quantiles if q is not None]))

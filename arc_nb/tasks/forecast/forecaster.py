@@ -157,7 +157,8 @@ class Reading(Described):
 # %% ../../../nbs/tasks/86_forecaster.ipynb #0c8b8e6a
 STEPS = 1000  # optimizer steps where nobody says how far
 NEVER = 10**9  # validations: the best weights come back, and nothing stops
-USUAL: dict[str, Any] = {"batch_size": 64, "metrics": ["mae"], "checkpoint_every": "1 min", "valid_every": 25}  # of the Trainer, here
+USUAL: dict[str, Any] = {  # of the Trainer, here
+    "lr": 2e-3, "schedule": "one_cycle", "batch_size": 64, "metrics": ["mae"], "checkpoint_every": "1 min", "valid_every": 25}
 
 class Fitting(Reading):
     """Learning from a frame."""

@@ -28,7 +28,7 @@ class Options:
     loss: Any = "mae"  # a name, (name, options), a callable: see `losses.loss_of`
     levels: tuple[float, ...] = (80, 95)  # percent: the intervals that predict() gives where the loss knows any
     intervals: Any = None  # a Conformal, for losses that know none
-    scaler: str = "standard"  # how y is brought to size: "standard", "minmax", "robust", "mean", "none"
+    scaler: str = "minmax"  # how y is brought to size: "standard", "minmax", "robust", "mean", "none"
     scale_by: str = "window"  # measured in each "window", or once for each "series", on the training part
     future: tuple[str, ...] = ()  # columns that are known ahead
     past: tuple[str, ...] | None = None  # columns that are known up to now; None: all other numeric ones

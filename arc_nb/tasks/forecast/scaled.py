@@ -33,6 +33,8 @@ class Scaled(nn.Module):
     def scales_inputs(self) -> bool: return self.scaler != "none"  # a checkup need not ask for it
     @property
     def autoregressive(self) -> bool: return bool(getattr(self.network, "autoregressive", False))  # whether it is taught step by step
+    @property
+    def draws(self) -> bool: return bool(getattr(self.network, "draws", False))  # whether its forecasts are paths that are drawn
 
     def window(
         self,
