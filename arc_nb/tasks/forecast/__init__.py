@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 _rooms = {"Forecaster": "forecaster", "RNN": "recurrent", "LSTM": "recurrent", "GRU": "recurrent", "DeepAR": "deepar",
           "Transformer": "transformer", "PatchTST": "patchtst", "MLP": "mlp", "DLinear": "linear", "NLinear": "linear",
-          "NBEATS": "nbeats", "NHITS": "nhits", "TCN": "tcn",
-          "Naive": "baselines", "SeasonalNaive": "baselines", "Drift": "baselines", "MovingAverage": "baselines", "Statistical": "statistical",
-          "Panel": "panel", "Conformal": "conformal", "score": "scores", "backtest": "backtesting", "analyse": "residuals",
-          "diebold_mariano": "comparison", "air_passengers": "samples", "synthetic": "samples"}
-__all__ = list(_rooms)
+          "NBEATS": "nbeats", "NHITS": "nhits", "TCN": "tcn", "Naive": "baselines", "SeasonalNaive": "baselines", "Drift": "baselines",
+          "MovingAverage": "baselines", "Statistical": "statistical", "Panel": "panel", "Conformal": "conformal", "score": "scores",
+          "backtest": "backtesting", "analyse": "residuals", "diebold_mariano": "comparison", "air_passengers": "samples",
+          "synthetic": "samples"}
+__all__ = ["Forecaster", "RNN", "LSTM", "GRU", "DeepAR", "Transformer", "PatchTST", "MLP", "DLinear", "NLinear", "NBEATS", "NHITS", "TCN",
+           "Naive", "SeasonalNaive", "Drift", "MovingAverage", "Statistical", "Panel", "Conformal", "score", "backtest", "analyse",
+           "diebold_mariano", "air_passengers", "synthetic"]
 
 if TYPE_CHECKING:
     from .backtesting import backtest

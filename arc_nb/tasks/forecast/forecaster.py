@@ -155,7 +155,7 @@ class Reading(Described):
         return train, Pieces(panel, self.input_size, self.horizon, only_last=held, **shared) if held else None
 
 # %% ../../../nbs/tasks/86_forecaster.ipynb #0c8b8e6a
-STEPS = 1000  # optimizer steps where nobody says how far
+STEPS = 500  # optimizer steps where nobody says how far
 NEVER = 10**9  # validations: the best weights come back, and nothing stops
 USUAL: dict[str, Any] = {  # of the Trainer, here
     "lr": 2e-3, "schedule": "one_cycle", "batch_size": 64, "metrics": ["mae"], "checkpoint_every": "1 min", "valid_every": 25}
