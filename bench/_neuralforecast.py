@@ -18,7 +18,8 @@ from neuralforecast.losses.pytorch import MAE  # noqa: E402
 from neuralforecast.models import LSTM, NHITS  # noqa: E402
 
 shared = dict(h=12, input_size=24, loss=MAE(), scaler_type="standard", windows_batch_size=windows, batch_size=32,
-              learning_rate=1e-3, random_seed=1, accelerator="cpu", enable_progress_bar=False, logger=False, enable_checkpointing=False, enable_model_summary=False)
+              learning_rate=1e-3, random_seed=1, accelerator="cpu", enable_progress_bar=False, logger=False,
+              enable_checkpointing=False, enable_model_summary=False)
 own = {"LSTM": dict(encoder_hidden_size=64, encoder_n_layers=1, decoder_hidden_size=64, decoder_layers=2),
        "NHITS": dict(mlp_units=3 * [[512, 512]], n_pool_kernel_size=[2, 2, 1], n_freq_downsample=[4, 2, 1])}[name]
 made = {"LSTM": LSTM, "NHITS": NHITS}[name]

@@ -88,7 +88,8 @@ def choose(names: list[str], seeds: int) -> list[dict]:
     """Settings, and how they do on each series; the geometric mean of the ratios ranks them."""
     rows, series = [], other_series()
     rates = ((1e-3, None), (2e-3, "one_cycle"))
-    grid = [(name, *more) for name in names for more in itertools.product(("standard", "minmax"), rates, (0, 12) if name == "MLP" else (0,))]
+    held_out = lambda name: (0, 12) if name == "MLP" else (0,)
+    grid = [(name, *more) for name in names for more in itertools.product(("standard", "minmax"), rates, held_out(name))]
     for name, scaler, (lr, schedule), held in grid:
         how = {"scaler": scaler, "lr": lr, "schedule": schedule, "val_size": held}
         ratios = {one: ratio(name, y, seeds, **how) for one, y in series.items()}
@@ -128,8 +129,8 @@ def main() -> None:
     median = float(np.median([seed for one in best for seed in one["seeds"]]))
     print(f"the three that the year before ranks best: {', '.join(one['model'] for one in best)}: median MAE {median:.2f} (goal 14)")
     if told.smoke: return
-    found = {"scores": [{k: v for k, v in one.items() if k != "seeds"} for one in rows], "seeds": {one["model"]: one["seeds"] for one in rows},
-             "best_three": [one["model"] for one in best], "best_three_median": median, "machine": machine()}
+    found = {"scores": [{k: v for k, v in one.items() if k != "seeds"} for one in rows],
+             "seeds": {one["model"]: one["seeds"] for one in rows}, "best_three": [one["model"] for one in best], "best_three_median": median, "machine": machine()}
     (RESULTS / "air.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
