@@ -34,7 +34,7 @@ def left():
     return {"children": [line for line in ours if line.split()[0] == str(os.getpid()) and "worker" in line],
             "handles": sorted(os.readlink(link).split(":")[0] for link in links if os.path.islink(link)),
             "threads": len(os.listdir("/proc/self/task")), "signals": [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)],
-            "files": [name for folder in ("/dev/shm", "/tmp") for name in os.listdir(folder) if name.startswith("arc_nb-")],
+            "files": [name for folder in ("/dev/shm", "/tmp") for name in os.listdir(folder) if name.startswith(f"arc_nb-{os.getpid()}-")],
             "environment": {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}, "argv": list(sys.argv)}
 
 
@@ -468,8 +468,6 @@ def test_a_script_needs_no_guard(tmp_path):
 
 @pytest.mark.parametrize("memfd", [True, False])
 def test_workers_end_when_the_parent_is_killed(memfd, tmp_path):
-    parcels = lambda: {name for name in os.listdir("/dev/shm") if name.startswith("arc_nb-")}
-    before = parcels()  # what a session that was cut off may have left
     script = run(f"""
         import os, time, torch
         {'' if memfd else 'del os.memfd_create'}
@@ -486,7 +484,7 @@ def test_workers_end_when_the_parent_is_killed(memfd, tmp_path):
     until = time.monotonic() + 5
     alive = lambda pid: Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
     while any(map(alive, pids)) and time.monotonic() < until: time.sleep(0.05)
-    assert not any(map(alive, pids)) and parcels() <= before
+    assert not any(map(alive, pids)) and not [name for name in os.listdir("/dev/shm") if name.startswith(f"arc_nb-{script.pid}-")]
 
 
 CELLS = """

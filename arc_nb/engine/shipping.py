@@ -101,7 +101,7 @@ def _places() -> Iterator[tuple[int, str]]:
     """Open files to write a parcel into, the best first."""
     with suppress(OSError): yield _nameless()
     for folder in ("/dev/shm", tempfile.gettempdir()):
-        with suppress(OSError): yield tempfile.mkstemp(prefix="arc_nb-", dir=folder)
+        with suppress(OSError): yield tempfile.mkstemp(prefix=f"arc_nb-{os.getpid()}-", dir=folder)
 
 def _reserve(size: int) -> tuple[int, str]:
     """An open file of that many bytes, all of which there is room for; OSError where there is none."""
