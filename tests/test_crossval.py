@@ -18,7 +18,9 @@ from arc_nb import Callback, Trainer
 from arc_nb.engine.callbacks import EarlyStopping
 from arc_nb.runs import Run
 from arc_nb.study import BlockedFolds, TimeSeriesFolds, cross_validate
+from arc_nb.study import running
 from arc_nb.study.crossval import CrossValidation, Shown
+from arc_nb.study.running import Workers
 
 
 def walks(series: int = 3, steps: int = 72, seed: int = 0) -> pd.DataFrame:
@@ -67,6 +69,28 @@ class Slow(RegressorMixin, BaseEstimator):
         self.mean_ = float(np.mean(y))
         return self
     def predict(self, X): return np.full(len(X), self.mean_)
+
+
+@pytest.fixture(scope="module")
+def pools():
+    "Two worker processes for the whole file: starting them costs most of a test."
+    found = []
+    yield found
+    for pool in found: pool.shutdown(wait=True, kill_workers=True)
+
+
+@pytest.fixture
+def shared(pools, monkeypatch):
+    "Workers that use these processes, and leave them be if none of them is at work; ended ones are begun anew."
+    class Shared(Workers):
+        def __init__(self, jobs, threads):
+            pools[:] = [pool for pool in pools if not (pool._flags.shutdown or pool._flags.broken)]
+            super().__init__(max(0, jobs - len(pools)), threads)
+            pools.extend(self.free)
+            self.free, self.all = pools[:jobs], pools[:jobs]
+        def end(self):
+            if self.busy: super().end()
+    monkeypatch.setattr(running, "Workers", Shared)
 
 
 FOLDS = TimeSeriesFolds(n_splits=3, test_size=6, gap=2, purge=1)
@@ -250,7 +274,7 @@ def test_estimators():
 # --- In processes ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["recipe", "forecaster"])
-def test_processes_give_the_same_to_the_bit(kind):
+def test_processes_give_the_same_to_the_bit(kind, shared):
     torch.set_num_threads(1)
     args = (recipe, classes(), 3) if kind == "recipe" else (AR(), walks(), FOLDS)
     fit = {"epochs": 2} if kind == "recipe" else {}
@@ -260,26 +284,29 @@ def test_processes_give_the_same_to_the_bit(kind):
     else: assert all(len(fold.x) for fold in two.view.folds)
 
 
-def test_a_fold_that_dies_or_fails_is_named():
-    data = np.zeros((80, 1)), np.zeros(80)
-    pairs = [(np.arange(k), np.arange(k, k + 5)) for k in (20, 70, 30)]
-    with pytest.raises(RuntimeError, match="the process of fold 2 has died"):
-        cross_validate(Slow(die=True), data, pairs, jobs=2, board=False)
+PARTS = [(np.arange(k), np.arange(k, k + 5)) for k in (20, 70, 30)]
+ZEROS = np.zeros((80, 1)), np.zeros(80)
+
+
+def test_a_fold_that_fails_is_named(shared):
     class Fails(Slow):
-        def fit(self, X, y): raise ValueError("no")
+        def fit(self, X, y):
+            if len(X) < 60: return Slow.fit(self, X, y)
+            time.sleep(.3)  # the other process has ended by then
+            raise ValueError("no")
     for jobs in (1, 2):
-        with pytest.raises(ValueError, match="^no") as error: cross_validate(Fails(), data, pairs[:2], jobs=jobs, board=False)
+        with pytest.raises(ValueError, match="^no") as error: cross_validate(Fails(), ZEROS, PARTS[:2], jobs=jobs, board=False)
         assert any(note.startswith("in fold ") for note in error.value.__notes__)
     with pytest.raises(TypeError, match="cannot run in other processes.*lock"):
         class Locked(Slow):
             def __sklearn_clone__(self): return self
         locked = Locked(); locked.lock = threading.Lock()
-        cross_validate(locked, data, pairs, jobs=2, board=False)
+        cross_validate(locked, ZEROS, PARTS, jobs=2, board=False)
     for jobs in (0, 1.5, "many"):
-        with pytest.raises(ValueError, match="jobs"): cross_validate(Slow(), data, pairs, jobs=jobs, board=False)
+        with pytest.raises(ValueError, match="jobs"): cross_validate(Slow(), ZEROS, PARTS, jobs=jobs, board=False)
 
 
-def test_warnings_of_workers_are_heard_once():
+def test_warnings_of_workers_are_heard_once(shared):
     class Warns(Slow):
         def fit(self, X, y): warnings.warn("mind this", UserWarning, stacklevel=1); return Slow.fit(self, X, y)
     data = np.zeros((40, 1)), np.zeros(40)
@@ -287,6 +314,23 @@ def test_warnings_of_workers_are_heard_once():
         warnings.simplefilter("always")
         cross_validate(Warns(), data, 4, metrics="mae", jobs=2, board=False)
     assert [str(w.message) for w in said] == ["mind this"]
+
+
+def test_a_fold_that_tells_nothing_is_shown_as_begun(monkeypatch, shared):
+    "A long fold of something that tells nothing: the first one is no longer said to wait, and in processes the clock goes on."
+    import IPython.display
+
+    import arc_nb.study.crossval as module
+    seen = []
+    class Handle:
+        def update(self, bundle, raw): seen.append(bundle["image/svg+xml"])
+    monkeypatch.setattr(module, "place", lambda: "kernel")
+    monkeypatch.setattr(IPython.display, "display", lambda bundle, raw, display_id: Handle())
+    cross_validate(Slow(wait=.3), (np.zeros((90, 1)), np.zeros(90)), 2, metrics="mae")
+    assert seen[0].count("begins") == 1 and seen[0].count("waits") == 1
+    seen.clear()
+    cross_validate(Slow(wait=2.4), (np.zeros((90, 1)), np.zeros(90)), 2, metrics="mae", jobs=2)
+    assert sum("begins" in svg for svg in seen) >= 3 and "1 s</tspan>" in "".join(seen)
 
 
 # --- Interrupts ------------------------------------------------------------------------------------------------------
@@ -314,7 +358,7 @@ def test_an_interrupt_of_a_training_is_no_score():
     assert list(result.index) == [1] and len(made) == 2
 
 
-def test_an_interrupt_ends_the_processes():
+def test_an_interrupt_ends_the_processes(shared):
     data, pairs = (np.zeros((80, 1)), np.zeros(80)), [(np.arange(k), np.arange(k, k + 5)) for k in (10, 30, 40)]
     began = time.monotonic()
     def interrupt():
@@ -334,6 +378,11 @@ def test_an_interrupt_ends_the_processes():
         module.Shown = original
         done.set(); thread.join()
     assert list(result.index) == [1] and time.monotonic() - began < 60
+
+
+def test_a_fold_that_dies_is_named(shared):
+    with pytest.raises(RuntimeError, match="the process of fold 2 has died"):
+        cross_validate(Slow(die=True), ZEROS, PARTS, jobs=2, board=False)
 
 
 # --- What is seen ----------------------------------------------------------------------------------------------------
@@ -361,9 +410,35 @@ def test_the_display_is_one_and_is_drawn_in_place(monkeypatch):
     monkeypatch.setattr(module, "place", lambda: "kernel")
     monkeypatch.setattr(IPython.display, "display", lambda bundle, raw, display_id: shown.append(bundle) or Handle())
     cross_validate(Slow(wait=.45), (np.zeros((90, 1)), np.zeros(90)), 4, metrics="mae")
-    assert len(shown) == 1 and 2 <= len(updates) <= 9 and "completed" in updates[-1] and "waits" in shown[0]["image/svg+xml"]
+    assert len(shown) == 1 and 2 <= len(updates) <= 10 and "completed" in updates[-1] and "waits" in shown[0]["image/svg+xml"]
     heights = {svg.split('height="')[1].split('"')[0] for svg in [shown[0]["image/svg+xml"], *updates]}
     assert len(heights) == 1  # nothing jumps
+
+
+def test_settings_and_data_that_cannot_be_are_named_before_training():
+    cases = [(lambda: cross_validate(AR(), walks(), FOLDS, epochs=3), "fit of 'AR' has no option 'epochs'"),
+             (lambda: cross_validate(Ridge(), classes(), 3, epoch=3), "fit of 'Ridge' has no option 'epoch'"),
+             (lambda: cross_validate(Ridge(), pd.DataFrame({"a": [1., 2, 3], "b": 1.}), 3), "no column is called 'y'.*target="),
+             (lambda: cross_validate(recipe, classes(), "grouped", epochs=1), "GroupKFold keeps groups .*groups="),
+             (lambda: cross_validate(AR(), walks(), 3, metrics=[lambda y, p: 1., lambda y, p: 2.]), "two measures are called '<lambda>'"),
+             (lambda: cross_validate(AR(), pd.concat([walks(), walks().tail(1)]), FOLDS), "series 'w2' has several rows at 2023-12-01")]
+    for run, text in cases:
+        with pytest.raises(ValueError, match=text) as error: run()
+        assert not getattr(error.value, "__notes__", [])
+
+
+def test_series_that_were_held_out_are_forecast_from_their_own_history():
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result = cross_validate(AR(), walks(), BlockedFolds(3, by_series=True), board=False)
+    assert (result.test_rows == 72).all() and (result.forecasts.groupby("fold").size() == 66).all()
+    assert sum("6 of 72 test rows have no forecast" in str(w.message) for w in said) == 3
+
+
+def test_a_cutoff_is_a_date_of_the_frame():
+    frame = walks().assign(ds=lambda f: f.ds.dt.tz_localize("Europe/Berlin"))
+    said = cross_validate(AR(), frame, FOLDS, board=False).forecasts
+    assert said.cutoff.dtype == frame.ds.dtype and said.cutoff.isin(frame.ds).all()
 
 
 def test_what_cannot_be_is_refused_before_training():

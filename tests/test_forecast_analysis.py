@@ -289,3 +289,49 @@ def test_figures_have_dates_and_follow_the_theme():
         for theme in ("light", "dark"): assert report.figure(which, theme).data
     for drawn in (report.figure(), found.compare("Naive")[0].figure()): assert np.issubdtype(drawn.data[1].x.dtype, np.datetime64)
     with pytest.raises(ValueError, match="over time"): report.figure("overtime")
+
+
+# ---- what a person saw who used it
+def test_numbers_of_an_axis_have_room_and_are_a_scale():
+    "Millions once ran out of the picture at its left; a low panel had a single number."
+    big = AIR.assign(y=AIR.y * 1e4)
+    texts = plain(picture(big, around(big.tail(12))))
+    assert "4M" in texts and not any(t.count(",") == 2 and len(t) > 7 for t in texts)
+    from arc_nb.draw.svg import Axis, Box
+    from arc_nb.draw.timeaxis import time_grid
+    grid = time_grid(Axis(0, 10, 0, 300), Axis(21, 89, 104, 0), Box(0, 0, 300, 104), False)
+    assert sum(f">{v}<" in grid for v in (20, 40, 60, 80)) >= 2
+
+
+def test_a_long_name_leaves_room_for_what_is_ahead():
+    long = AIR.assign(unique_id="a series of some store in the north-west, item 4711, and of its sisters in the south of the country")
+    assert "12 months ahead" in plain(picture(long, around(long.tail(12))))
+
+
+@pytest.mark.parametrize("freq, text", [("W", "8 weeks ahead"), ("2W", "8 × 2 weeks ahead"), ("QS", "8 quarters ahead"),
+                                        ("10D", "8 × 10 days ahead"), ("MS", "8 months ahead"), ("h", "8 hours ahead")])
+def test_steps_are_counted_as_people_do(freq, text):
+    frame = pd.DataFrame({"unique_id": "a", "ds": pd.date_range("2020-01-01", periods=60, freq=freq), "y": np.arange(60.)})
+    assert text in plain(picture(frame, around(frame.tail(8))))
+
+
+def test_a_long_truth_lies_below_the_forecast():
+    frame = pd.DataFrame({"unique_id": "a", "ds": np.arange(300), "y": np.sin(np.arange(300.))})
+    lines = re.findall(r'<polyline class="s-(fg|a)"', picture(frame, around(frame.tail(100)), levels=()))
+    assert lines == ["fg", "a"]
+
+
+def test_several_errors_at_a_date_are_no_zigzag():
+    test = backtest(SeasonalNaive(12, 12), AIR, windows=12, step=3)
+    assert "several steps at each date" in plain(test.residuals(step=None).picture())
+    assert "several steps at each date" not in plain(test.residuals().picture())
+
+
+def test_a_backtest_says_how_many_series_there_are():
+    data = synthetic(series=6, steps=80, freq="MS", season=12, seed=0)
+    texts = plain(backtest(SeasonalNaive(12, 12), data, windows=3).picture())
+    assert "6 series, 3 origins, 12 steps ahead" in texts and "one of the series" in texts
+    assert "1 origin, 12 steps ahead" in plain(backtest(SeasonalNaive(12, 12), AIR, windows=1).picture())
+    assert len(repr(backtest([SeasonalNaive(12, 12), Naive(12)], AIR, windows=5).compare("Naive"))) < 250
+    for refit in (0, -1, 1.5, "always"):
+        with pytest.raises(ValueError, match="every n-th"): backtest(SeasonalNaive(12, 12), AIR, refit=refit)

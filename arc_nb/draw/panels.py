@@ -32,8 +32,9 @@ def heading(title: str,  # in bold
             box: Box,    # of the panel
             ) -> str:
     "The first line of a panel."
+    title = cut(title, 40)
     room = max(8, int((box.width - 7.4 * len(title)) / 6.2))
-    return rich(box.left, box.top + 12, [(cut(title, 40), "fg", 600, 0), (cut(note, room), "faint", None, 7 if note else 0)], 12.5)
+    return rich(box.left, box.top + 12, [(title, "fg", 600, 0), (cut(note, room), "faint", None, 7 if note else 0)], 12.5)
 
 def keys(lines: Sequence[Line],  # those with a name are listed
          box: Box,               # of the panel

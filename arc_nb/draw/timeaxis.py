@@ -124,8 +124,9 @@ def time_grid(
     """Grid lines with their numbers, and ticks with their dates: 40 pixels below the area are used."""
     marks = time_marks(x.lo, x.hi, max(2, int(box.width // 78)), dated)
     at_y = y.ticks(5 if abs(y.end - y.start) > 110 else 3) if y else np.zeros(0)
+    if y and len(at_y) < 2: at_y = y.ticks(5)  # one number is no scale
     rows = [tag("line", x1=box.left, x2=box.right, y1=float(p), y2=float(p), stroke="@line")
-            + words(box.left - 8, p + 3.8, tick(v, at_y), anchor="end") for v, p in zip(at_y, y(at_y) if y else [])]
+            + words(box.left - 8, p + 3.8, _number(v, at_y), anchor="end") for v, p in zip(at_y, y(at_y) if y else [])]
     base = tag("line", x1=box.left, x2=box.right, y1=box.bottom, y2=box.bottom, stroke="@ghost")
     out, free = [], -1e9
     for mark, p in zip(marks, x(np.array([m.at for m in marks])).tolist()):
@@ -137,6 +138,11 @@ def time_grid(
             out.append(words(middle, box.bottom + 31, mark.below, size=10.5, anchor="middle"))
             free = middle + wide / 2 + 6
     return "".join([*rows, base, *out])
+
+def _number(value: float, among: np.ndarray) -> str:
+    """The number at a tick; millions as 2.5M, for which there is room."""
+    millions = value != 0 and 1e6 <= float(np.abs(among).max()) < 1e9
+    return f"{tick(value / 1e6, among / 1e6)}M" if millions else tick(value, among)
 
 def _kept(p: float, text: str, box: Box) -> float:
     """The middle of a label: at its tick, and no farther out than the margins of a picture are wide."""

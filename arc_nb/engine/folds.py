@@ -119,6 +119,8 @@ class Made(Folds):
         return column(data, self.target) if self.target is not None and is_frame(data) and data.ndim == 2 and self.target in data else None
 
     def _groups(self, data: Any) -> Any:
+        if self.groups is None and "Group" in (name := type(self.source).__name__):
+            raise ValueError(f"{name} keeps groups of rows together: groups= names their column, or is an array (rows,)")
         return column(data, self.groups) if isinstance(self.groups, str) else self.groups
 
 def column(

@@ -76,7 +76,7 @@ class Shown:
             raise ValueError(f"board={kind!r} is unknown: take one of {', '.join(map(repr, KINDS))}, or False for none")
         here = place()
         self.kind = "" if kind is False else "text" if kind == "text" or here == "terminal" else "last" if here == "captured" else "page"
-        self.view, self.began, self.due, self.handle, self.told = view, time.perf_counter(), 0.0, None, 0
+        self.view, self.began, self.due, self.drawn, self.handle, self.told = view, time.perf_counter(), 0.0, False, None, 0
         self.stream = sys.stdout if kind == "text" else sys.stderr
 
     def refresh(self, force: bool = False, soon: bool = False) -> None:
@@ -85,7 +85,8 @@ class Shown:
         if self.kind == "text": self._lines()
         if self.kind != "page" or (time.monotonic() < self.due - 0.8 * soon and not force): return
         self._display()
-        self.due = time.monotonic() + 1.0
+        self.due = time.monotonic() + 1.0 if self.drawn else 0.0  # the first fold begins at once
+        self.drawn = True
 
     def _display(self) -> None:
         from IPython.display import display

@@ -208,9 +208,10 @@ def later(
 def told_part(
     told: Told | None,
     box: Box,
+    alive: bool = True,  # whether there is more to come
 ) -> str:
     """What was forecast, over what came."""
-    if told is None: return later("Forecasts", "when the first fold is done", box)
+    if told is None: return later("Forecasts", "when the first fold is done" if alive else "no fold was done", box)
     first, last = min(float(p["at"].min()) for p in told.parts), max(float(told.x.max()), *(float(p["at"].max()) for p in told.parts))
     lo = max(float(told.x.min()), first - 0.3 * (last - first))
     seen = told.x >= lo
@@ -235,11 +236,12 @@ def _outline(x: Axis, y: Axis, part: "pd.DataFrame") -> str:
 def losses_part(
     folds: Sequence[FoldState],
     box: Box,
+    alive: bool = True,  # whether there is more to come
 ) -> str:
     """How each fold learned."""
     found = [fold for fold in folds if len(fold.x)]
     few = len(folds) <= 6
-    if not found: return later("Loss", "when the first fold trains", box)
+    if not found: return later("Loss", "when the first fold trains" if alive else "nothing was trained", box)
     inks = ["abcdef"[fold.number - 1] if few else "train" if fold is found[-1] else "ghost" for fold in found]
     lines = [Line(str(fold.number) if few else "", fold.x, fold.y, ink, end=fold.state == "running") for fold, ink in zip(found, inks)]
     area = Box(box.left + 48, box.top + 42, box.right - 8, box.bottom - 40)
@@ -258,8 +260,9 @@ def folds_board(
         top, both = end + 14, len(view.panels) == 2
         middle = 18 + (width - 36) * (0.6 if both else 1.0)
         left, right = Box(18, top, middle - (14 if both else 0), top + 236), Box(middle + 14 if both else 18, top, width - 18, top + 236)
-        if "forecasts" in view.panels: out.append(told_part(view.told, left))
-        if "losses" in view.panels: out.append(losses_part(view.folds, right))
+        alive = view.state == "training"
+        if "forecasts" in view.panels: out.append(told_part(view.told, left, alive))
+        if "losses" in view.panels: out.append(losses_part(view.folds, right, alive))
         end = top + 236
     if view.message: out.append(note(view.message, end + 8, width))
     told = f"Cross-validation of {view.title}: {view.state}. " + ". ".join(fact.replace("**", "") for fact in view.facts())

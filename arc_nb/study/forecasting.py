@@ -41,6 +41,7 @@ class Forecaster(Way):
         self.target, self.time, self.id = target, time, id
         for name in (id, target): column(data, name)
         self.line = timeline(data, time)
+        _check_once(data, id, time)
         self.series = data[id].factorize(sort=True)[0]
         self.place = np.empty(len(data), np.int64)  # of each row, by series and time: models want them in order
         self.place[np.lexsort((self.line.at, self.series))] = np.arange(len(data))
@@ -96,17 +97,35 @@ def forecasts(
     takes, at = parameters(model.predict), way.line.at
     steps = np.unique(at[test])
     groups = origins(steps, getattr(model, "horizon", None)) if "frame" in takes else [steps]
-    found = []
+    dates, found, said = way.data[way.time], [], None
     for group in groups:
         wanted = test[(at[test] >= group[0]) & (at[test] <= group[-1])]
         known = np.flatnonzero(at < group[0]) if "frame" in takes else train
-        said = _said(way, model, takes, known, wanted, group)
         rows = way.rows(wanted)[[way.id, way.time, way.target]]
-        rows.insert(2, "cutoff", way.line.times[at[known].max()] if len(known) else None)
-        found.append(rows.merge(said, on=[way.id, way.time], how="left"))
+        cutoff: Any = dates.iloc[known[at[known].argmax()]] if len(known) else pd.NaT if dates.dtype.kind == "M" else np.nan
+        rows.insert(2, "cutoff", cutoff)
+        if "frame" not in takes or _known_enough(way, model, known, wanted):
+            said = _said(way, model, takes, known, wanted, group)
+            rows = rows.merge(said, on=[way.id, way.time], how="left")
+        found.append(rows)
+    if said is None: raise ValueError(f"no series has enough history before its test rows for {way.name} to forecast from")
     return _all_there(way, pd.concat(found, ignore_index=True), said)
 
 # %% ../../nbs/study/85d_forecasting.ipynb #ef38f18f
+def _check_once(data: "pd.DataFrame", id: str, time: str) -> None:
+    """ValueError where a series has two rows at one time."""
+    twice = data.duplicated([id, time])
+    if not twice.any(): return
+    first = data[twice].iloc[0]
+    raise ValueError(f"series {first[id]!r} has several rows at {first[time]}, and there are {int(twice.sum())} such rows; forecasts are "
+                     f"joined by both. data.groupby([{id!r}, {time!r}], as_index=False).mean(numeric_only=True) makes one of them")
+
+def _known_enough(way: Forecaster, model: Any, known: np.ndarray, wanted: np.ndarray) -> bool:
+    """Whether any of the series has the history that the model says it looks at."""
+    own = known[np.isin(way.series[known], way.series[wanted])]
+    needs = [n for n in (getattr(model, "input_size", None), getattr(model, "needs", None)) if isinstance(n, int)]
+    return bool(len(own)) and int(np.bincount(way.series[own]).max()) >= max([1, *needs])
+
 def _said(way: Forecaster, model: Any, takes: set[str], known: np.ndarray, wanted: np.ndarray, group: np.ndarray) -> "pd.DataFrame":
     """What the model says of these rows, knowing those."""
     told = dict(way.predict)

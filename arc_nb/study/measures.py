@@ -46,12 +46,13 @@ Measures = Mapping[str, Callable[[np.ndarray, np.ndarray], float]]
 def measures_of(
     metrics: Any,  # a name, a function (y, forecast) -> number, or several
 ) -> dict[str, Callable[[np.ndarray, np.ndarray], float]]:
-    """Name and function of each. ValueError for unknown names, with the nearest."""
+    """Name and function of each. ValueError for unknown names, with the nearest, and for two of one name."""
     several: Iterable[Any] = [metrics] if isinstance(metrics, str) or callable(metrics) else metrics
     found: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {}
     for one in several:
         if not callable(one) and one not in MEASURES: raise unknown("measure", one, MEASURES, "A function (y, forecast) does too")
-        found[getattr(one, "__name__", type(one).__name__) if callable(one) else str(one)] = one if callable(one) else MEASURES[one]
+        name, fn = (getattr(one, "__name__", type(one).__name__), one) if callable(one) else (str(one), MEASURES[one])
+        if found.setdefault(name, fn) is not fn: raise ValueError(f"two measures are called {name!r}: def gives them names of their own")
     return found
 
 def measure(

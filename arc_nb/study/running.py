@@ -24,6 +24,7 @@ import torch
 
 from ..engine.history import new_lines
 from ..engine.launch import cores
+from ..engine.lookup import check_options
 from ..engine.randomness import keyed_seed
 from ..engine.shipping import Parcel, ship, unpicklable
 from ..engine.splits import check_count
@@ -54,6 +55,7 @@ def way_of(
         return Recipe(model, data, told, run)
     if not (hasattr(model, "fit") and hasattr(model, "predict")):
         raise TypeError(f"{model!r} cannot be studied: give a recipe (train=, valid=) -> Trainer, or an object with fit and predict")
+    check_options("fit of", type(model).__name__, model.fit, told)
     if "y" in {name.lower() for name in parameters(model.fit)}:
         if isinstance(data, tuple) or is_frame(data): return Estimator(model, data, metrics, told, target)
         raise TypeError(f"an estimator needs (X, y), or a frame with {target!r}, and this is a {type(data).__name__}")
@@ -125,7 +127,7 @@ class Workers:
 
     def end(self) -> None:
         """Leaves none of them behind."""
-        for pool in self.all: pool.shutdown(wait=not self.busy, kill_workers=bool(self.busy))
+        for pool in self.all: pool.shutdown(wait=not self.busy, kill_workers=True)
 
 # %% ../../nbs/study/85f_running.ipynb #2a5950b1
 class Lines:
@@ -133,10 +135,9 @@ class Lines:
     def __init__(self, path: Path): self.path, self.offset = path, 0
 
     def tell(self, hear: Callable[[dict[str, Any]], None]) -> None:
-        """Passes the last of the new lines on, where there is one."""
-        if not self.path.exists(): return
+        """Passes the last of the new lines on; nothing new is told too, as time goes by."""
         lines, self.offset = new_lines(self.path, self.offset)
-        if lines: hear(json.loads(lines[-1]))
+        hear(json.loads(lines[-1]) if lines else {})
 
 def _packed(way: Way, pairs: Pairs, seed: int) -> Parcel:
     """What is sent to each worker; TypeError names the part that cannot be."""

@@ -175,6 +175,8 @@ class Estimator(Way):
         target: str = "y",
     ):
         self.model, self.data, self.fit, self.target = model, data, dict(fit or {}), target
+        if not isinstance(data, tuple) and target not in data:
+            raise unknown("column", target, map(str, data.columns), "target= names the one that is to be predicted")
         if metrics is None: metrics = ("accuracy", "balanced_accuracy") if _classifies(model) else ("mae", "rmse", "r2")
         several = [metrics] if isinstance(metrics, str) or callable(metrics) else list(metrics)
         self.scorers = {str(m): _scorer(m) for m in several if isinstance(m, str) and m not in MEASURES}

@@ -139,7 +139,7 @@ class Backtest:
     def _repr_svg_(self) -> str: return self.picture()
 
     def __repr__(self) -> str:
-        return f"Backtest({', '.join(self.models)}: {self.forecasts['unique_id'].nunique():,} series, {_title(self)})"
+        return f"Backtest({', '.join(self.models)}: {_title(self)})"
 
 # %% ../../../nbs/tasks/87c_backtesting.ipynb #d50df4e0
 def backtest(
@@ -155,7 +155,7 @@ def backtest(
 ) -> Backtest:
     """Forecasts from many origins, each with what was known then. ValueError where the frame is too short, or models do not go together."""
     models = list(model) if isinstance(model, (list, tuple)) else [model]
-    if not (refit in (False, True, "never") or isinstance(refit, int) and refit > 0):
+    if not (isinstance(refit, bool) or refit == "never" or isinstance(refit, int) and refit > 0):
         raise ValueError(f"refit={refit!r}: take False (once), True (at each origin), a whole number (every n-th) or 'never' (as it is).")
     cutoffs = origins(frame, _steps(models, horizon), windows, step)
     found = [_one(m, frame, cutoffs, refit, level, options) for m in models]
@@ -218,7 +218,8 @@ def _panels(test: Backtest, series: Sequence[Any] | None, last: int | None) -> l
     rows = test.forecasts[test.forecasts["cutoff"].isin(test.cutoffs[::-apart])].drop(columns="y")
     levels = None if len(test.models) == 1 else ()
     found = shown(test.history.dropna(subset=["y"]), rows, series=series, levels=levels, most=1)[:3]
-    roles, note = roles_of(found), f"1 origin in {apart} is drawn" if apart > 1 else ""
+    drawn = ["one of the series"] * (test.forecasts["unique_id"].nunique() > len(found)) + [f"1 origin in {apart} is drawn"] * (apart > 1)
+    roles, note = roles_of(found), ", ".join(drawn)
     top: list[Panel] = [Origins(one, roles, one.window(last or max(steps, 12)), one.name, note, i == 0) for i, one in enumerate(found)]
     return [*([p] for p in top), [_by_step(test, roles), _by_origin(test, roles)]]
 
@@ -236,7 +237,12 @@ def _by_origin(test: Backtest, roles: dict[str, str]) -> Dated:
     lines = [Line("", to_numbers(t.index), t[name].to_numpy(), roles[name], dots=len(t) < 25) for name in roles]
     return Dated("Error by origin", lines, "mean absolute", y_range=(0., top), dated=is_dated(t.index))
 
-def _title(test: Backtest) -> str: return f"{len(test.cutoffs)} origins, {int(test.forecasts['step'].max())} steps ahead"
+def _title(test: Backtest) -> str:
+    """How many series, origins and steps."""
+    series, origins, steps = test.forecasts["unique_id"].nunique(), len(test.cutoffs), int(test.forecasts["step"].max())
+    counted = lambda n, one, many: f"{n:,} {one if n == 1 else many}"
+    out = [counted(origins, "origin", "origins"), counted(steps, "step", "steps") + " ahead"]
+    return ", ".join([f"{series:,} series"] * (series > 1) + out)
 
 def _facts(test: Backtest) -> list[tuple[str, str]]:
     """The mean absolute error of up to six models, and how often the intervals held."""

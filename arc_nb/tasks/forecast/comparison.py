@@ -37,7 +37,7 @@ class DieboldMariano:
     difference: float  # mean loss of the first minus that of the second
     losses: tuple[float, float]  # their mean losses
     h: int             # steps that neighbouring errors overlap
-    each: np.ndarray   # (n,) the differences
+    each: np.ndarray = field(repr=False)  # (n,) the differences
     alpha: float = .05
     when: Any = field(default=None, repr=False)  # (n,) dates
 

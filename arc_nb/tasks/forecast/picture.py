@@ -69,7 +69,8 @@ def panel(
     lines = [draw(Line("", *a.points(a.y), roles[a.model]), x, y) for a in one.ahead]
     if len(places) > 1: lines += [_ring(x, y, a.start, roles[a.model]) for a in one.ahead if a.start]
     past = draw(Line("", one.x, one.y, "faint", end=len(places) == 1), x, y)
-    return "".join([time_grid(x, y, area, one.dated, labels), *marks, _bands(one, roles, x, y), past, *lines, _known(one, x, y)]), y
+    inks = [*lines, _known(one, x, y)] if len(one.actual[0]) <= 80 else [_known(one, x, y), *lines]  # a long line would hide the forecast
+    return "".join([time_grid(x, y, area, one.dated, labels), *marks, _bands(one, roles, x, y), past, *inks]), y
 
 # %% ../../../nbs/tasks/87b_picture.ipynb #c5d45af8
 def spread(
@@ -131,10 +132,17 @@ def picture(
 
 _SPANS = (("year", 360 * 86400.), ("month", 27 * 86400.), ("day", 86400.), ("hour", 3600.), ("minute", 60.), ("second", 1.))
 
+def _unit(step: float) -> tuple[str, float]:
+    """In what people count such steps, and how many seconds it has."""
+    days = step / 86400
+    if 89 <= days <= 92: return "quarter", step
+    if days >= 7 and days % 7 == 0: return "week", 7 * 86400.
+    return next(((u, s) for u, s in _SPANS if step >= s), ("step", step or 1.))
+
 def ahead_of(one: Shown) -> str:
     """How far a forecast looks: 12 months ahead, 4 × 15 minutes ahead, 3 steps ahead."""
     n = len(one.ahead[0].x)
-    unit, seconds = next(((u, s) for u, s in _SPANS if one.dated and one.step >= s), ("step", one.step or 1.))
+    unit, seconds = _unit(one.step) if one.dated else ("step", one.step or 1.)
     each = round(one.step / {"year": 365.25 * 86400, "month": 30.44 * 86400}.get(unit, seconds))
     return f"{n} {unit}{'s' * (n > 1)} ahead" if each == 1 else f"{n} × {each} {unit}s ahead"
 

@@ -271,11 +271,13 @@ def _facts(r: Residuals) -> list[tuple[str, str]]:
 def _over_time(r: Residuals) -> Dated:
     """One line, or the mean over series between the middle 80% of them."""
     x, e = to_numbers(r.errors["ds"]), r.errors["error"]
-    if (n := r.errors["unique_id"].nunique()) == 1: lines, note = [Line("", x, e.to_numpy(), "train")], ""
+    n = r.errors["unique_id"].nunique()
+    if len(np.unique(x)) == len(x): lines, note = [Line("", x, e.to_numpy(), "train")], ""
     else:
         by = e.groupby(x)
         ends = [Line("10 and 90%" * (q < .5), np.unique(x), by.quantile(q).to_numpy(), "ghost") for q in (.1, .9)]
-        lines, note = [*ends, Line("mean", np.unique(x), by.mean().to_numpy(), "train")], f"{n} series"
+        lines = [*ends, Line("mean", np.unique(x), by.mean().to_numpy(), "train")]
+        note = f"{n} series" if n > 1 else "several steps at each date"
     zero = Line("", np.array([x.min(), x.max()]), np.zeros(2), "ghost")
     return Dated("Over time", [zero, *lines], note, y_label="y − forecast", dated=is_dated(r.errors["ds"]))
 
