@@ -391,6 +391,12 @@ def test_text_and_pictures(capsys):
     result = cross_validate(AR(), walks(), FOLDS, board="text")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and lines[0].startswith("fold 1 of 3:  mae ")
+    shown = Shown(result.view, "text")  # folds in processes end in any order: each is told once
+    for fold in result.view.folds: fold.state = "waiting"
+    for number in (2, 3, 1):
+        result.view.folds[number - 1].done({"mae": 1.}, 1.)
+        shown.refresh()
+    assert [line[:6] for line in capsys.readouterr().out.splitlines()] == ["fold 2", "fold 3", "fold 1"]
     for theme in ("auto", "light", "dark"):
         svg = result.picture(theme)
         assert svg.startswith("<svg") and "fold 3" in svg and "completed" in svg and svg._repr_svg_() == svg

@@ -76,7 +76,7 @@ class Shown:
             raise ValueError(f"board={kind!r} is unknown: take one of {', '.join(map(repr, KINDS))}, or False for none")
         here = place()
         self.kind = "" if kind is False else "text" if kind == "text" or here == "terminal" else "last" if here == "captured" else "page"
-        self.view, self.began, self.due, self.drawn, self.handle, self.told = view, time.perf_counter(), 0.0, False, None, 0
+        self.view, self.began, self.due, self.drawn, self.handle, self.told = view, time.perf_counter(), 0.0, False, None, set[int]()
         self.stream = sys.stdout if kind == "text" else sys.stderr
 
     def refresh(self, force: bool = False, soon: bool = False) -> None:
@@ -96,11 +96,11 @@ class Shown:
 
     def _lines(self) -> None:
         """A line for each fold that is done."""
-        done = self.view.finished()
-        for fold in done[self.told:]:
+        for fold in self.view.finished():
+            if fold.number in self.told: continue
             numbers = "  ".join(f"{label(name)} {value:.4g}" for name, value in fold.scores.items())
             self.stream.write(f"fold {fold.number} of {len(self.view.folds)}:  {numbers}  ({fold.seconds:.1f} s)\n")
-        self.told = len(done)
+            self.told.add(fold.number)
         self.stream.flush()
 
     def finish(self, state: str, message: str = "") -> None:
