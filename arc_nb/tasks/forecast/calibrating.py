@@ -12,18 +12,23 @@ from typing import Any
 
 import numpy as np
 
+from ...engine.telling import warn
 from .conformal import Conformal
 from .panel import Panel
 from .pieces import Inputs, windows
-from .scaling import series_scales
+from .scaling import scales_at, series_scales
 
 # %% ../../../nbs/tasks/85d_calibrating.ipynb #53d689a5
 def check_intervals(
     intervals: Any,
+    levels: tuple[float, ...] | None = None,  # that were asked for beside it
 ) -> None:
-    """TypeError unless it is a Conformal, or None."""
-    if intervals is None or isinstance(intervals, Conformal): return
-    raise TypeError(f"intervals={intervals!r} has to be Conformal(), with the levels and the method that you want, or None")
+    """TypeError unless it is a Conformal, or None; a warning for other levels than its own."""
+    if intervals is None: return
+    if not isinstance(intervals, Conformal):
+        raise TypeError(f"intervals={intervals!r} has to be Conformal(), with the levels and the method that you want, or None")
+    if levels not in (None, intervals.levels):
+        warn(f"levels={levels} has no effect beside intervals=: Conformal(levels=...) says which there are")
 
 def room(
     intervals: Conformal | None,
@@ -36,9 +41,12 @@ def room(
 # %% ../../../nbs/tasks/85d_calibrating.ipynb #2ef87c2b
 def size_of(
     panel: Panel,
+    of: Inputs | None = None,  # windows: their series' sizes, by the steps before each window
 ) -> np.ndarray:
-    """(S,) the deviation of each series, which errors are divided by; never 0."""
-    return series_scales(panel, "standard")[:, 1].numpy().astype(np.float64)
+    """(S,) or (windows,) the deviation of each series, which errors are divided by; never 0."""
+    if of is None: found = series_scales(panel, "standard")
+    else: found = scales_at(panel, "standard", of.series, of.cut - panel.offsets[of.series])
+    return found[:, 1].numpy().astype(np.float64)
 
 def errors_at(
     model: Any,  # a forecaster that has learned
@@ -54,16 +62,17 @@ def calibrated(
     model: Any,  # a forecaster that has learned from the panel
     panel: Panel,
     intervals: Conformal,  # what is wanted; a calibrated copy comes back
+    **far: Any,  # how far the models of a cross are trained, as `learn` takes it
 ) -> Conformal:
     """Intervals as wide as the model's errors. ValueError where the series are too short for so many windows."""
     fresh = Conformal(intervals.method, intervals.windows, intervals.levels, intervals.pool)
     count, horizon = fresh.windows_for(len(panel)), model.horizon
     if fresh.method == "split": errors = [errors_at(model, panel, horizon + back) for back in range(count)]
-    else: errors = [_errors_of_another(model, panel, horizon * (back + 1)) for back in range(count)]
+    else: errors = [_errors_of_another(model, panel, horizon * (back + 1), far) for back in range(count)]
     return fresh.calibrate(np.stack(errors[::-1]), size_of(panel))
 
-def _errors_of_another(model: Any, panel: Panel, steps: int) -> np.ndarray:
+def _errors_of_another(model: Any, panel: Panel, steps: int, far: dict[str, Any]) -> np.ndarray:
     """The errors of a model that has learned from the rows before the window."""
     other = type(model)(**{**model.given, "intervals": None})
-    other.learn(panel.without_last(steps), run=False, board=False)
+    other.learn(panel.without_last(steps), **far, run=False, board=False)
     return errors_at(other, panel.without_last(steps - model.horizon) if steps > model.horizon else panel, model.horizon)

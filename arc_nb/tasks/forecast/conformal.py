@@ -51,9 +51,13 @@ class Bounds:
         if pool not in POOLS: raise unknown("pool", pool, POOLS)
         wrong = [level for level in levels if not 0 < level < 100]
         if wrong or not len(levels): raise ValueError(f"levels={list(levels)}: give percents between 0 and 100, such as (80, 95)")
+        if min(levels) < 1: raise ValueError(f"levels={list(levels)} are in percent: {min(levels)} would be {100 * min(levels):g}")
         if windows is not None and windows < 1: raise ValueError(f"windows={windows} has to be at least 1")
         self.method, self.windows, self.levels, self.pool = method, windows, tuple(levels), pool
         self._keep(np.zeros((0, 0, 0)), False, False)
+
+    def __repr__(self) -> str:
+        return f"Conformal({self.method!r}, windows={self.windows}, levels={self.levels}, pool={self.pool!r})"
 
     def windows_for(self, series: int = 1) -> int:
         "How many windows to forecast: `windows`, or as many as the highest level needs, of each series or of all together"

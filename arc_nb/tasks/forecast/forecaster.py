@@ -160,7 +160,7 @@ class Asking(Fitting):
     def _conformal(self, inputs: Inputs, level: Any, quantiles: Sequence[float]) -> dict[str, np.ndarray]:
         """The forecast and intervals as wide as errors have been."""
         assert self.intervals is not None
-        if np.size(quantiles): raise ValueError(f"quantiles={quantiles!r}: conformal intervals lie around the forecast; ask for level= instead")
+        if np.size(quantiles): raise ValueError(f"quantiles={quantiles!r}: conformal intervals lie around the forecast: ask for level=")
         names, sizes, made = self.intervals
         panel, point = inputs.panel, self.answers(inputs).point
         levels = made.levels if level is None else self._levels(level)
@@ -262,7 +262,8 @@ class Sampling(Predicting):
         times, known = panel.ahead(self.horizon, future)
         inputs = Inputs(panel, self.input_size, self.horizon, future=known, scales=self._scales(panel, 0))
         paths = draw_paths(self._learned()[1], self.loss, inputs, number, self.options.seed if seed is None else seed)
-        stamps, columns = panel.clock.stamps(np.repeat(times, number, 0).ravel()), {self.name: np.ascontiguousarray(paths.transpose(1, 0, 2))}
+        stamps = panel.clock.stamps(np.repeat(times, number, 0).ravel())
+        columns = {self.name: np.ascontiguousarray(paths.transpose(1, 0, 2))}
         found = long_frame(panel.index.repeat(number), stamps, columns, None, panel.layout.id, panel.layout.time)
         found.insert(2, "path", np.tile(np.repeat(np.arange(1, number + 1), self.horizon), len(panel)))
         return found

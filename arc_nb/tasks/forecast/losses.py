@@ -235,7 +235,10 @@ def loss_of(
         make = LOSSES[what][0]
         fixed = make.args if isinstance(make, partial) else ()
         check_options("loss", what, (lambda: None) if fixed else make, options)
-        takes = () if fixed else signature(make).parameters
+        takes: dict[str, Any] = {} if fixed else dict(signature(make).parameters)
+        needs = [name for name in takes if takes[name].default is takes[name].empty and takes[name].kind is not takes[name].VAR_KEYWORD]
+        lacks = [name for name in needs if name not in {**context, **options}]
+        if lacks: raise ValueError(f"the loss {what!r} needs {' and '.join(lacks)}: loss=({what!r}, {{{lacks[0]!r}: ...}})")
         return make(**{name: value for name, value in context.items() if name in takes} | options)
     goal = objective(spec)
     if isinstance(goal, (Pointwise, Custom)) or type(goal).__module__.partition(".")[0] != "arc_nb": return Plain(goal)

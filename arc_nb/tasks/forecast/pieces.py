@@ -173,6 +173,7 @@ class Inputs(Keyed):
         cuts: np.ndarray | None = None,  # (N,) int64, steps of the series that come before the forecast; None: all
         future: np.ndarray | None = None,  # (S, h', F) float32, what is known beyond each series' end
         scales: Tensor | None = None,  # (S, 2)
+        level: Tensor | None = None,  # (N, 2) of each window, instead of scales
     ):
         self.panel, self.input_size, self.horizon = panel, whole_number("input_size", input_size), whole_number("horizon", horizon)
         self.series = np.arange(len(panel)) if series is None else np.asarray(series, np.int64)
@@ -180,7 +181,7 @@ class Inputs(Keyed):
         if len(steps) != len(self.series): raise ValueError(f"{len(steps)} cuts for {len(self.series)} series: give one for each")
         self.cut = panel.offsets[self.series] + steps
         self.scales, _ = _checked(panel, scales, None)
-        self.future = future
+        self.future, self.level = future, level
         self._check(steps)
 
     def _check(self, steps: np.ndarray) -> None:
@@ -209,7 +210,8 @@ class Inputs(Keyed):
         """(y (B, L), past (B, L, P + F), future (B, h, F), static (B, K), level (B, 2) or (B, 0))."""
         series, cut = self.where(rows)
         y = windows(self.panel.y, cut - self.input_size, self.input_size)
-        return (y, *_inputs(self.panel, self.scales, series, cut, self.input_size, _ahead(self, series, cut)))
+        found = _inputs(self.panel, self.scales, series, cut, self.input_size, _ahead(self, series, cut))
+        return (y, *found) if self.level is None else (y, *found[:-1], self.level[rows])
 
     def __repr__(self) -> str: return f"Inputs({len(self):,} windows of {self.input_size} steps, {len(self.panel):,} series)"
 
