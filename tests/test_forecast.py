@@ -306,3 +306,26 @@ def test_paths_are_whole_futures():
         spread = found.groupby(["unique_id", "ds"])[model.name].std().to_numpy()
         assert (np.abs(middle - point) < spread).all()  # and the paths of a series are its own
     with pytest.raises(ValueError, match="gaussian"): MLP(horizon=6, input_size=12, max_steps=2, **QUIET).fit(frame).sample()
+
+
+CUTOFFS = {"nonsense": "cutoff='nonsense'", (): "cutoffs is empty", 3.5: "cutoff=3.5", "2030-01-01": "no series.*2030-01-01"}
+
+
+@pytest.mark.parametrize("cutoffs", CUTOFFS, ids=str)
+def test_cutoffs_that_are_none(cutoffs):
+    frame = synthetic(2, 40)
+    with pytest.raises(ValueError, match=CUTOFFS[cutoffs]): MLP(**SMALL).fit(frame).predict_at(frame, cutoffs)
+
+
+def test_one_cutoff_needs_no_list():
+    frame, model = synthetic(2, 40), MLP(**SMALL)
+    date = frame["ds"].iloc[20]
+    assert model.fit(frame).predict_at(frame, date).equals(model.predict_at(frame, [str(date.date())]))
+    whole = frame.assign(ds=frame.groupby("unique_id").cumcount())
+    with pytest.raises(ValueError, match="whole number"): MLP(**SMALL).fit(whole).predict_at(whole, [30.0])
+
+
+def test_numbers_of_numpy_and_offsets_of_pandas_go_into_a_file(tmp_path):
+    given = dict(seed=np.int64(3), levels=np.array([80]), loss="gaussian", freq=pd.offsets.MonthBegin())
+    model = MLP(np.int64(4), np.int64(8), max_steps=2, **given, **QUIET).fit(synthetic(2, 40))
+    assert Forecaster.load(model.save(tmp_path / "m.arc")).predict().equals(model.predict())

@@ -80,6 +80,8 @@ class Described(Named):
         if self.network is None:
             raise TypeError("a Forecaster needs a network: take LSTM, NHITS, ..., or class Mine(Forecaster, network=...)")
         self.given = {**self.preset, **({} if input_size is None else {"input_size": input_size}), "horizon": horizon, **settings}
+        self.given = {name: value.tolist() if isinstance(value, (np.ndarray, np.integer, np.floating)) else getattr(value, "freqstr", value)
+                      for name, value in self.given.items()}  # plain, so that a file holds them
         self.options, self.network_options, self.training = told(self.network, self.given)
         self.loss = loss_of(self.options.loss, levels=around(self.options.levels))
         self.scaler = self._scaler(settings)

@@ -194,12 +194,16 @@ def origins(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(series, rows up to the cutoff) of each origin that there is, (n,) each. ValueError where there is none."""
     import pandas as pd
-    beyond = [c + 1 if isinstance(c, (int, np.integer)) else pd.Timestamp(c) + pd.Timedelta(1, "us") for c in cutoffs]
-    steps = np.stack([panel.cuts(moment) for moment in beyond])  # (cutoffs, S)
-    there = (steps >= before) & (steps + after <= panel.lengths) & (steps > np.stack([panel.cuts(c) for c in cutoffs]))
+    several = pd.api.types.is_list_like(cutoffs)
+    if several and not len(cutoffs): raise ValueError("cutoffs is empty: give the last dates that forecasts know, such as ['2024-01-31']")
+    cutoffs = list(cutoffs) if several else [cutoffs]
+    until = np.stack([panel.cuts(cutoff) for cutoff in cutoffs])  # (cutoffs, S) rows before; ValueError for what is no date
+    beyond = [c + 1 if panel.clock.whole else pd.Timestamp(c) + pd.Timedelta(1, "us") for c in cutoffs]
+    steps = np.stack([panel.cuts(moment) for moment in beyond])  # and up to each
+    there = (steps >= before) & (steps + after <= panel.lengths) & (steps > until)
     at, series = np.nonzero(there)
     if len(series): return series, steps[at, series]
-    raise ValueError(f"no series has {before} rows (input_size) up to one of the {len(beyond)} cutoffs, and a row on it")
+    raise ValueError(f"no series has {before} rows (input_size) up to one of {len(beyond)} cutoffs, as {cutoffs[0]}, and a row on it")
 
 # %% ../../../nbs/tasks/86_forecaster.ipynb #ceea869e
 class Predicting(Asking):
