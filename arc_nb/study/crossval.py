@@ -43,6 +43,8 @@ class CrossValidation(pd.DataFrame):
     view: FoldsView  # what the board shows
     draw: Callable[[str], Any] | None  # the figure of the forecasts, in a theme
 
+    def __init__(self, *table: Any, **how: Any): super().__init__(*table, **how)  # as pandas takes them
+
     @property
     def _constructor(self) -> Callable[..., pd.DataFrame]: return pd.DataFrame
 
