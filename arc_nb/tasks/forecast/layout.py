@@ -66,7 +66,7 @@ class Parts:
     columns: np.ndarray  # (n, P + F) float32
     static: np.ndarray  # (S, K) float32
     static_names: tuple[str, ...]
-    layout: "Layout"  # with what was found
+    layout: Any  # the Layout, with what was found
 
 # %% ../../../nbs/tasks/82bb_layout.ipynb #80daeb1b
 SHIFT = "use .dt.tz_localize(...) or .dt.tz_convert(...)"
