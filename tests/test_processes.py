@@ -429,7 +429,8 @@ def test_weights_that_part_are_told():
 
 def shared() -> set[str]:
     "What we or the dead have in shared memory: torch's names tell whose they are, and browsers of others have their own."
-    others = lambda name: (owner := re.match(r"(?:torch_|arc_nb-)(\d+)[_-]", name)) and int(owner[1]) != os.getpid() and Path("/proc", owner[1]).exists()
+    owner = lambda name: re.match(r"(?:torch_|arc_nb-)(\d+)[_-]", name)
+    others = lambda name: (found := owner(name)) and int(found[1]) != os.getpid() and Path("/proc", found[1]).exists()
     return {name for name in os.listdir("/dev/shm") if not name.startswith(".org.") and not others(name)}
 
 
