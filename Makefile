@@ -38,7 +38,7 @@ demo: setup  ## the main job: train on scikit-learn's digits, in the quickstart 
 
 test: setup  ## all tests: the notebooks, exports, floors, types, the wheel, a real browser
 	@echo "== test: every notebook is executed, then what no notebook can show"
-	@$(BIN)/python -m pytest -ra -n auto --maxprocesses 4 --dist loadfile
+	@$(BIN)/python -m pytest -ra -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup  ## the heavy tests with their full counts
 	@echo "== test-slow: the heavy tests with their full counts"

@@ -44,8 +44,7 @@ def windows(
     """What is trained on, and what is validated on, if anything was held out."""
     shares = {"case": how.augment_case, "punctuation": how.augment_punctuation, "whitespace": how.augment_whitespace}
     change = Augment(corpus.tokenizer, **shares) if any(shares.values()) else None
-    train = Windows(corpus.train, length, how.stride, phase=True, transform=change)
-    return train, None if corpus.valid is None else Windows(corpus.valid, length, whole=True)
+    return corpus.windows(length, how.stride, augment=change)
 
 # %% ../../../nbs/tasks/79j_recipe.ipynb #6c2ecb63
 def smoothed(
