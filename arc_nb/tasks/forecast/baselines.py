@@ -18,6 +18,7 @@ from ...engine.windows import whole_number
 from .answers import long_frame
 from .options import check_levels, several
 from .panel import Panel
+from .pieces import dates_after, origins
 
 # %% ../../../nbs/tasks/87_baselines.ipynb #237d3cb0
 if TYPE_CHECKING: import pandas as pd
@@ -96,10 +97,8 @@ class Rule(Baseline):
         for v in levels:
             z = NormalDist().inv_cdf(.5 + v / 200)
             columns |= {f"{self.name}-lo-{v:g}": middle - z * wide, f"{self.name}-hi-{v:g}": middle + z * wide}
-        last = panel.first[series] + (cuts - 1) * panel.clock.step
-        times = panel.clock.times((last[:, None] + np.arange(1, self.horizon + 1) * panel.clock.step).ravel())
-        stamps = panel.clock.stamps(panel.clock.times(last)) if at else None
-        return long_frame(panel.index.take(series), panel.clock.stamps(times), columns, stamps)
+        dates, known = dates_after(panel, series, cuts, self.horizon)
+        return long_frame(panel.index.take(series), dates, columns, known if at else None)
 
 # %% ../../../nbs/tasks/87_baselines.ipynb #51c20bf8
 class Forecasting(Rule):
@@ -124,13 +123,8 @@ class Forecasting(Rule):
     ) -> "pd.DataFrame":
         """Forecasts from many origins: unique_id, ds, cutoff, and the columns of `predict`; series without a row at a cutoff, or with too
         few before it, have none there. ValueError where that leaves nothing."""
-        import pandas as pd
         panel = self.read(frame)
-        after = [c + 1 if isinstance(c, (int, np.integer)) else pd.Timestamp(c) + pd.Timedelta(1, "us") for c in cutoffs]
-        steps = np.stack([panel.cuts(moment) for moment in after])
-        at, series = np.nonzero((steps >= self.needs) & (steps > np.stack([panel.cuts(c) for c in cutoffs])))
-        if not len(series): raise ValueError(f"no series has {self.needs} rows up to one of the {len(after)} cutoffs, and a row on it")
-        return self._frame(panel, series, steps[at, series], level, True)
+        return self._frame(panel, *origins(panel, cutoffs, self.needs), level, True)
 
     def show(
         self,

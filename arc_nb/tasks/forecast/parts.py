@@ -14,7 +14,7 @@ import torch
 
 from ...engine.lookup import unknown
 from ...engine.step import evaluating
-from .answers import long_frame
+from .answers import in_batches, long_frame
 from .forecaster import Forecaster
 from .looking import parts_picture
 from .pieces import Inputs
@@ -35,11 +35,8 @@ class InParts(Forecaster):
     ) -> "pd.DataFrame":
         """A row a series and step: unique_id, ds, base and the parts of the network, which add up to the point forecast. ValueError for a
         loss without a centre among its outputs."""
-        learned, model = self._learned()
-        panel = learned if frame is None else self.read(frame, static_frame)
-        times, known = panel.ahead(self.horizon, future)
-        inputs = Inputs(panel, self.input_size, self.horizon, future=known, scales=self._scales(panel, 0))
-        columns = self._parts(model, inputs)
+        inputs, times = self._ends(frame, future, static_frame)
+        panel, columns = inputs.panel, self._parts(self._learned()[1], inputs)
         return long_frame(panel.index, panel.clock.stamps(times.ravel()), columns, None, panel.layout.id, panel.layout.time)
 
     @torch.no_grad()
@@ -50,8 +47,8 @@ class InParts(Forecaster):
                              "take a point loss, quantiles, or a gaussian or student_t likelihood")
         found: dict[str, list[Any]] = {}
         with evaluating(model):
-            for rows in torch.arange(len(inputs)).split(1024):
-                window, loc, scale = model.window(*(t.to(next(model.parameters()).device) for t in inputs.take(rows)))
+            for there in in_batches(model, inputs):
+                window, loc, scale = model.window(*there)
                 parts = {name: part[..., centre] * scale for name, part in model.network.parts(window).items()}
                 for name, part in ({"base": loc.expand(-1, self.horizon)} | parts).items(): found.setdefault(name, []).append(part.cpu())
         return {name: torch.cat(several).numpy() for name, several in found.items()}
