@@ -1,5 +1,7 @@
 """Small models, data and listeners that the tests of the Trainer share."""
+import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,15 @@ def until(true, what="it"):
         time.sleep(.02)
     return found
 
+
+def fences(text: str) -> Iterator[tuple[str, str]]:
+    "(section, text) of each fenced example of a guide."
+    section, inside = "", None
+    for line in text.splitlines():
+        if inside is not None and line.strip() == "```": yield section, textwrap.dedent("\n".join(inside)) + "\n"; inside = None
+        elif inside is not None: inside.append(line)
+        elif line.strip().startswith("```"): inside = []
+        elif line.startswith("#"): section = line.lstrip("# ").strip()
 
 
 def classes(rows: int = 60, seed: int = 0) -> tuple[Tensor, Tensor]:

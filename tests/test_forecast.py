@@ -3,8 +3,6 @@ import copy
 import math
 import os
 import pickle
-import textwrap
-from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
@@ -12,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from small import fences
 
 from arc_nb import Callback, Checkpoints, Plots
 from arc_nb.study import BlockedFolds, TimeSeriesFolds, cross_validate
@@ -22,16 +21,6 @@ SEED = yaml.safe_load((ROOT / "tests/data/forecast_seed.yaml").read_text())
 GUIDE = ROOT / "../shared/seeds/neuro-divergent-training.txt"
 HERE = [item for item in SEED if item["kind"] == "here"]
 QUIET = {"board": False, "run": False}
-
-
-def fences(text: str) -> Iterator[tuple[str, str]]:
-    "(section, text) of each fenced example of a guide."
-    section, inside = "", None
-    for line in text.splitlines():
-        if inside is not None and line.strip() == "```": yield section, textwrap.dedent("\n".join(inside)) + "\n"; inside = None
-        elif inside is not None: inside.append(line)
-        elif line.strip().startswith("```"): inside = []
-        elif line.startswith("#"): section = line.lstrip("# ").strip()
 
 
 def test_the_examples_are_the_guides():

@@ -6,14 +6,12 @@ import shlex
 import signal
 import subprocess
 import sys
-import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT
-from small import until
+from small import fences, until
 
 from arc_nb import CharLM
 from arc_nb.cli import main
@@ -35,16 +33,6 @@ def lines_of(text: str) -> list[list[str]]:
     "The words of each line, without comments; a backslash joins lines."
     joined = re.sub(r"\\\s*\n\s*", " ", text)
     return [words for line in joined.splitlines() if (words := shlex.split(line.removesuffix("\\"), comments=True))]
-
-
-def fences(text: str) -> Iterator[tuple[str, str]]:
-    "(section, text) of each fenced example of a guide."
-    section, inside = "", None
-    for line in text.splitlines():
-        if inside is not None and line.strip() == "```": yield section, textwrap.dedent("\n".join(inside)) + "\n"; inside = None
-        elif inside is not None: inside.append(line)
-        elif line.strip().startswith("```"): inside = []
-        elif line.startswith("#"): section = line.lstrip("# ").strip()
 
 
 def test_the_examples_are_the_guides():
